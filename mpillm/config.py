@@ -4,6 +4,7 @@ Standard library only, so that every rank and `mpillm --help` can import it at n
 written once, in its `option(...)`; the reader, the checks and the writer all work from that.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -18,12 +19,16 @@ REQUIRED = dataclasses.MISSING
 class UserError(Exception):
     """A mistake the user can mend: one line (found, expected, what to do), printed once, exit code 2."""
 
+    def __str__(self):
+        """The line; control characters of file names and keys are shown as escapes, so that it stays one line."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 def option(doc, default=REQUIRED, choices=None, at_least=None, below=None, above=None):
     """A field of a job file: its comment and the values it takes."""
     metadata = {"doc": doc, "choices": choices, "at_least": at_least, "below": below, "above": above}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default, metadata=metadata)
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not REQUIRED else field(metadata=metadata)
 
 
@@ -143,7 +148,7 @@ def read_job(path, overrides=()):
             values = tomllib.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot read the job file: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:       # bad TOML or UTF-8, a number or a nesting beyond Python's limits
         raise UserError(f"{path}: not a TOML file: {str(error).splitlines()[0]}") from None
     for text in overrides:
         _override(values, text)
@@ -157,7 +162,7 @@ def _override(values, text):
         raise UserError(f"override {text!r}: expected section.key=value, such as train.steps=100")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
@@ -201,7 +206,7 @@ def _types(item):
 def _value(item, value, where):
     types = _types(item)
     if float in types and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     good = isinstance(value, types) and (bool in types or not isinstance(value, bool))
     if not good:
         names = " or ".join({"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
@@ -221,9 +226,11 @@ def _value(item, value, where):
     return value
 
 
-def divisors(number, most=None):
+def divisors(number):
     """The divisors of `number` as text, for messages: "1, 2, 3, 4, 6, 12"."""
-    return ", ".join(str(d) for d in range(1, (most or number) + 1) if number % d == 0)
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    every = sorted({*small, *(number // d for d in small)})
+    return ", ".join(map(str, every))
 
 
 def _check(job, source):
@@ -261,7 +268,7 @@ def _check_run(job, refuse):
     if job.precision.compute in ("bfloat16", "float16") and job.run.device == "cpu":
         refuse(f"precision.compute = {job.precision.compute!r} with run.device = \"cpu\": half precision is not computed on the CPU yet; use float32 or float64")
     for axis in ("pp", "cp", "tp", "ep"):
-        if getattr(job.mesh, axis) not in (1, "rest"):
+        if getattr(job.mesh, axis) != 1:
             refuse(f"mesh.{axis}={getattr(job.mesh, axis)}: only data-parallel layouts are computed so far; use {axis} of 1 and dp = \"rest\"")
 
 
@@ -288,7 +295,14 @@ def job_to_toml(job):
 
 def _toml(value):
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml_text(key)} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value) if isinstance(value, (bool, str)) else repr(value)
+    if isinstance(value, str):
+        return _toml_text(value)
+    return json.dumps(value) if isinstance(value, bool) else repr(value)
+
+
+def _toml_text(text):
+    """JSON's strings are TOML's, except that TOML has no surrogate pairs and wants DEL escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -80,8 +80,9 @@ def chunks(array):
 class Pending:
     """A started reduction; `test()` drives it on, `wait()` returns when it is done."""
 
-    def __init__(self, requests, call, finish=None):
+    def __init__(self, requests, call, finish=None, kept=None):
         self.requests, self.call, self.finish = requests, call, finish
+        self.kept = kept        # arrays that MPI still reads
 
     def test(self):
         if self.requests:
@@ -134,10 +135,10 @@ class Solo:
         pass
 
     def share(self, value, root=0):
-        return value
+        return json.loads(json.dumps(value))
 
     def collect(self, value):
-        return [value]
+        return [json.loads(json.dumps(value))]
 
     def abort(self, code):
         os._exit(code)
@@ -222,7 +223,7 @@ class Group:
 
         def narrow():
             out[...] = target.astype(out.dtype)
-        return Pending(requests, call, narrow if wide is not x else None)
+        return Pending(requests, call, narrow if wide is not x else None, kept=wide)
 
     def _reduce_in_chunks(self, x, counts, out):
         requests, start = [], 0
@@ -339,9 +340,9 @@ class Group:
         """The sum over the ranks, of which this rank keeps its part along `dim`; adjoint: `gather`."""
         whole = np.ascontiguousarray(np.moveaxis(x, dim, 0))
         others = whole.shape[1:]
-        counts = [cut(length, self.size, rank, unit)[1] * int(np.prod(others)) for rank in range(self.size)]
-        part = self.reduce_scatter(whole.reshape(-1), counts)
-        return np.ascontiguousarray(np.moveaxis(part.reshape((-1,) + others), 0, dim))
+        extents = [cut(length, self.size, rank, unit)[1] for rank in range(self.size)]
+        part = self.reduce_scatter(whole.reshape(-1), [extent * int(np.prod(others)) for extent in extents])
+        return np.ascontiguousarray(np.moveaxis(part.reshape((extents[self.rank],) + others), 0, dim))
 
     def exchange(self, x, split_dim, joined_dim, split_length, joined_length):
         """From split along `joined_dim` to split along `split_dim`; adjoint: the same with the two swapped.

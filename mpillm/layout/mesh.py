@@ -108,7 +108,7 @@ class Mesh:
             return Solo()
         if not self._communicating:
             return Planned(self.position(*axes), self.size(*axes))
-        if self.size(*axes) == self.num_ranks and "ep" not in axes:
+        if self.size(*axes) == self.num_ranks and axes == tuple(axis for axis in AXES if axis in axes):
             return self.world
         return self.world.split(self._color(axes), self.position(*axes), "x".join(axes))
 

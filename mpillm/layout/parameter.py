@@ -88,6 +88,7 @@ class Parameter:
 
     def accumulates(self):
         """Whether a gradient is to be added (True) or written (False: the first since the last step)."""
+        assert self.bucket.grads is not None    # made now if need be, which marks all of them as not yet written
         fresh, self.fresh = self.fresh, False
         return not fresh
 
@@ -97,7 +98,8 @@ class Parameter:
             ops.fill(self.value, self.init.value)
             return
         row, column = (self.held.start + (0,))[:2]
-        ops.normal(self.value.reshape(self.value.shape[0], -1), key_of(seed, self.name), row, column,
+        rows = self.value.reshape(self.value.shape[0], math.prod(self.value.shape[1:]))    # either may be 0
+        ops.normal(rows, key_of(seed, self.name), row, column,
                    math.prod(self.shape[1:]), self.init.std)
 
 

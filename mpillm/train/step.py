@@ -15,7 +15,7 @@ class StepResult(NamedTuple):
     grad_norm: float    # global, before clipping
     rate: float
     skipped: bool       # a gradient was not finite: no update on any rank
-    flags: list         # sums over the ranks of the numbers given to `train_step`
+    flags: list         # sums over the ranks of the numbers of `flags()`
 
 
 def micro_batches(source, first, count, dp_rank, dp_size, micro_batch):
@@ -67,10 +67,11 @@ class Trainer:
         share = cut(self.job.train.batch, self.mesh.size("dp"), 0)[1]
         return min(self.job.train.micro_batch or share, share)
 
-    def train_step(self, step, source, first, flags=()):
+    def train_step(self, step, source, first, flags=tuple):
         """Optimizer step number `step` (1 is the first) on samples first .. first + batch - 1 of `source`.
 
-        `flags` are numbers of this rank that are summed over the ranks on the way (a wish to stop, say).
+        `flags()` gives numbers of this rank, asked for after the backward and summed over the ranks on the way
+        (a wish to stop, say).
         """
         mesh, job = self.mesh, self.job
         parts = micro_batches(source, first, job.train.batch, mesh.coord("dp"), mesh.size("dp"), self.micro_batch())
@@ -78,7 +79,7 @@ class Trainer:
         mesh["dp", "cp"].all_reduce(total)              # W: weight of all targets of the step
         loss = self._forward_backward(parts, total[0] or 1.0, step)
         self.gradients.finish()
-        numbers = np.array([self.gradients.square_sum(), loss, *flags], np.float64)
+        numbers = np.array([self.gradients.square_sum(), loss, *flags()], np.float64)
         mesh.world.all_reduce(numbers)
         norm = math.sqrt(numbers[0]) if numbers[0] >= 0 else math.nan
         rate = rate_of(job.optimizer, step, job.train.steps)
@@ -108,13 +109,14 @@ def make_batch(ops, model, part, total, step=0, dropout=0.0):
                  np.arange(tokens.shape[1], dtype=np.int64), numbers, step, dropout)
 
 
-def validation_loss(ops, model, mesh, windows, count, micro_batch):
+def validation_loss(ops, model, mesh, count, windows, micro_batch):
     """Mean nll of the first `count` windows, each read once, on any number of ranks.
 
     Parameters
     ----------
+    count : int
     windows : callable
-        (first, count) -> tokens, targets, weights, each (count, T).
+        (first, number) -> tokens, targets, weights, each (number, T).
 
     Returns
     -------

@@ -1,0 +1,50 @@
+// Rows of a table by token id, and their gradient. table (V_local, C) holds the ids first..; other ids give zeros.
+#include "common.h"
+
+namespace mpillm {
+
+template <class T>
+void embedding(T* y, const int64_t* ids, const T* table, int64_t stride, int64_t first, int64_t rows, int64_t table_rows,
+               int64_t width) {
+    parallel_for(rows, rows * width, [&](int64_t r) {
+        const int64_t id = ids[r] - first;
+        T* out = y + r * width;
+        if (id >= 0 && id < table_rows)
+            std::memcpy(out, table + id * stride, size_t(width) * sizeof(T));
+        else
+            std::memset(out, 0, size_t(width) * sizeof(T));
+    });
+}
+
+// Each thread takes some columns of all tokens: every sum is in the order of the tokens, whatever the threads.
+template <class T>
+void embedding_backward(T* dtable, int64_t stride, const int64_t* ids, const T* dy, int64_t first, int64_t rows,
+                        int64_t table_rows, int64_t width) {
+    const int64_t parts = rows * width >= serial_below ? num_threads : 1;
+    const int64_t columns = ((width + parts - 1) / parts + 15) / 16 * 16;
+    parallel_for((width + columns - 1) / columns, rows * width, [&](int64_t part) {
+        const int64_t begin = part * columns, end = begin + columns < width ? begin + columns : width;
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t id = ids[r] - first;
+            if (id < 0 || id >= table_rows) continue;
+            T* __restrict out = dtable + id * stride;
+            const T* in = dy + r * width;
+#pragma omp simd
+            for (int64_t c = begin; c < end; ++c) out[c] += in[c];
+        }
+    });
+}
+
+}  // namespace mpillm
+
+#define EXPORT(T, S)                                                                                                  \
+    extern "C" void mpillm_embedding_##S(T* y, const int64_t* ids, const T* table, int64_t stride, int64_t first,     \
+                                         int64_t rows, int64_t table_rows, int64_t width) {                           \
+        mpillm::embedding(y, ids, table, stride, first, rows, table_rows, width);                                     \
+    }                                                                                                                 \
+    extern "C" void mpillm_embedding_backward_##S(T* dtable, int64_t stride, const int64_t* ids, const T* dy,         \
+                                                  int64_t first, int64_t rows, int64_t table_rows, int64_t width) {   \
+        mpillm::embedding_backward(dtable, stride, ids, dy, first, rows, table_rows, width);                          \
+    }
+EXPORT(float, f32)
+EXPORT(double, f64)
