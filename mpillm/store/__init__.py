@@ -1,0 +1,1 @@
+"""Parameters to disk and back. Reading order: agreement, structure, create, hyperslab, manifest, directory, checkpoint."""
