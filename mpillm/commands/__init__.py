@@ -1,0 +1,13 @@
+"""What a user starts, one file a command.
+
+Each module has `add_arguments(parser)` and `run(arguments) -> exit code`, and imports heavy things only inside `run`,
+so that `--help` answers at once.
+"""
+
+COMMANDS = {
+    "prepare": "tokenise text into a token file",
+    "train": "pretrain or fine-tune; resumes by itself",
+    "evaluate": "loss and perplexity of a checkpoint on token files",
+    "generate": "text from a checkpoint",
+    "inspect": "what a checkpoint or token file holds, without loading it",
+}

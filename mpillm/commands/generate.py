@@ -1,0 +1,76 @@
+"""`mpillm generate CHECKPOINT --prompt ...`: text from a trained model."""
+
+
+def add_arguments(parser):
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory or a step directory")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    source.add_argument("--prompts", metavar="FILE", help="text file with a prompt a line")
+    parser.add_argument("--tokens", type=int, default=100, help="most tokens to write for a prompt (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens with this probability")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", metavar="FILE", help="JSON-lines instead of text on the screen")
+
+
+def run(arguments):
+    from ..config import UserError
+    from ..layout.comm import world
+    from ..layout.slab import cut
+    from ..run.session import open_model
+    from ..store.agreement import on_root
+    from ..text.tokenizer import Tokenizer
+
+    _check(arguments)
+    group = world()
+    prompts = on_root(group, UserError, f"{arguments.prompts}: reading", lambda: _prompts(arguments))
+    session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group)
+    tokenizer = Tokenizer.from_bytes(tokenizer_bytes, str(checkpoint.directory))
+    start, size = cut(len(prompts), group.size, group.rank)     # prompts are split over all ranks
+    mine = [_continue(session.model, tokenizer, prompts[number], number, arguments) for number in range(start, start + size)]
+    texts = [text for part in group.collect(mine) for text in part]
+    if group.rank == 0:
+        _write(prompts, texts, arguments.output)
+    return 0
+
+
+def _check(arguments):
+    from ..config import UserError
+    for name, good, wanted in (("tokens", arguments.tokens >= 0, "0 or more"), ("temperature", 0 <= arguments.temperature < 1e6, "0 or more"),
+                               ("top-k", arguments.top_k >= 0, "0 or more"), ("top-p", 0 < arguments.top_p <= 1, "more than 0, at most 1")):
+        if not good:
+            raise UserError(f"--{name} {getattr(arguments, name.replace('-', '_'))}: expected {wanted}")
+
+
+def _prompts(arguments):
+    from ..config import UserError
+    if arguments.prompt is not None:
+        return arguments.prompt
+    try:
+        with open(arguments.prompts, encoding="utf-8") as file:
+            prompts = [line.rstrip("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {arguments.prompts}: cannot read it as text: {error}") from None
+    if not prompts:
+        raise UserError(f"--prompts {arguments.prompts}: is empty; expected a prompt a line")
+    return prompts
+
+
+def _continue(model, tokenizer, prompt, number, arguments):
+    """The continuation of one prompt; an empty prompt begins after an end of document."""
+    from ..model.generate import Sampling, generate
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end or 0]
+    return tokenizer.decode(list(generate(model, ids, arguments.tokens, sampling, tokenizer.end, number)))
+
+
+def _write(prompts, texts, output):
+    import json
+    if output is None:
+        for prompt, text in zip(prompts, texts):
+            print(prompt + text, end="\n\n" if len(prompts) > 1 else "\n")
+        return
+    with open(output, "x", encoding="utf-8") as file:
+        for prompt, text in zip(prompts, texts):
+            file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")

@@ -1,0 +1,61 @@
+"""`mpillm train JOB.toml [section.key=value ...]`: trains a model; goes on by itself where the run directory has a checkpoint."""
+
+
+def add_arguments(parser):
+    parser.add_argument("job", metavar="JOB.toml", help="job file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="fields that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="print model size, layout, bytes of a rank and steps; train nothing")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to plan for")
+
+
+def run(arguments):
+    from dataclasses import replace
+
+    from ..config import UserError
+    from ..layout.comm import world
+    from ..layout.mesh import sizes_of
+    from ..run.data import TrainingData
+    from ..run.session import shared_job
+
+    if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
+        raise UserError(f"--ranks {arguments.ranks}: expected 1 or more, together with --dry-run; a real run has the ranks it was started with")
+    group = world()
+    job = shared_job(arguments.job, arguments.overrides, group)
+    data = TrainingData(job)
+    if job.model.vocabulary is None:
+        job = replace(job, model=replace(job.model, vocabulary=data.vocabulary))
+    sizes = sizes_of(job.mesh, arguments.ranks or group.size)
+    if arguments.dry_run:
+        if group.rank == 0:
+            from ..run.plan import table
+            print("\n".join(table(job, sizes, data.vocabulary)))
+        return 0
+    return _train(job, sizes, data, group)
+
+
+def _train(job, sizes, data, group):
+    """Builds what a run needs around the Training, and ends it in order."""
+    import os
+
+    from ..config import job_to_toml
+    from ..layout.mesh import Mesh
+    from ..run.directory import RunDirectory
+    from ..run.metrics import Metrics
+    from ..run.progress import Progress
+    from ..run.session import build, check_vocabulary
+    from ..run.signals import StopFlag
+    from ..run.training import Training
+
+    check_vocabulary(job, data.vocabulary)
+    path = os.path.join("runs", job.run.name)
+    with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
+            Metrics(directory.file("metrics.jsonl"), group) as metrics, \
+            StopFlag(group, job.run.time_limit, directory.stop_requested) as stop:
+        session = build(job, Mesh(group, sizes), data.vocabulary)
+        if session.ops.note:
+            progress.note(session.ops.note)
+        training = Training(session, directory, data, metrics, progress, stop)
+        training.prepare()
+        directory.write_job(job_to_toml(job))
+        directory.status("running", step=training.step)
+        return training.run()

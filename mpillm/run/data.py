@@ -1,0 +1,46 @@
+"""The token files of a job, opened and checked before the first step."""
+
+from ..config import UserError
+from ..text.batches import check_same_tokenizer, open_batches, validation_windows
+from ..text.tokenfile import TokenFile
+
+
+class TrainingData:
+    """
+    Attributes
+    ----------
+    vocabulary : int
+        Tokens that the model must know.
+    tokenizer : bytes or None
+        The tokenizer.json; None with random data.
+    tokenizer_hash : str or None
+    validation : TokenFile or None
+    """
+
+    def __init__(self, job):
+        self.job = job
+        self.tokenizer = self.tokenizer_hash = self.validation = None
+        if job.data.train == "random":
+            if not job.model.vocabulary:
+                raise UserError("data.train = \"random\": random tokens need model.vocabulary; set it")
+            if job.data.validation:
+                raise UserError("data.validation with data.train = \"random\": random tokens have no tokenizer to compare; leave validation out")
+            self.vocabulary = job.model.vocabulary
+            return
+        names = list(job.data.train) if isinstance(job.data.train, dict) else [job.data.train]
+        files = [TokenFile(name) for name in names]
+        if job.data.validation:
+            self.validation = TokenFile(job.data.validation)
+        check_same_tokenizer(files + ([self.validation] if self.validation else []))
+        self.vocabulary, self.tokenizer_hash = files[0].vocabulary, files[0].tokenizer_hash
+        self.tokenizer = files[0].tokenizer_bytes()
+        if self.validation:
+            self.windows()      # too short a file is refused now
+
+    def batches(self, cursor=None):
+        """The training samples from the cursor on."""
+        return open_batches(self.job.data.train, self.job.model.context, self.job.train.seed, cursor, self.vocabulary)
+
+    def windows(self):
+        """Number of validation windows, and what reads them."""
+        return validation_windows(self.validation, self.job.model.context, self.job.train.validation_samples)

@@ -1,0 +1,154 @@
+"""How a job ends: exit codes, an error of the user said once, a failure of one rank that ends all.
+
+A user error may be raised by all ranks alike or by some of them while the others wait in a collective. Who prints
+is agreed by point-to-point messages with a tag of their own, which disturb no collective that is under way:
+
+1. Each rank that raises tells rank 0, and rank 0, if it raises, prints and tells everyone. All told within
+   `PATIENCE`: the ranks leave in order, each with exit code 2; otherwise rank 0 aborts the job.
+2. Where rank 0 stays silent it did not raise: the ranks that did tell the higher ones, the lowest prints and aborts.
+"""
+
+import os
+import sys
+import time
+import traceback
+
+FINISHED, FAILED, REFUSED, STOPPED, WRONG_NUMBERS, HANG = 0, 1, 2, 75, 76, 77  # exit codes (DESIGN.md section 8)
+INTERRUPTED = 130        # second Ctrl-C, as shells have it
+CLOSED_PIPE = 141        # the reader of standard output went away, as shells have it
+
+TAG, ELECTION_TAG = 32766, 32765    # MPI guarantees tags up to 32767; the layers count from 0
+PATIENCE = 2.0           # seconds in which all ranks that raise alike have raised
+ELECTION = 0.7           # seconds for the messages of the election
+HEAD_START = 0.5         # seconds that rank 0 has to report a failure that all ranks share, before the others do too
+LAST_RESORT = 10.0       # seconds after which a rank that was to be aborted ends the job itself
+
+
+def say(text):
+    """Writes text to standard error now, in one piece; a closed standard error is no further error."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        pass
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def code_of(error):
+    """The exit code of a job that ends by this exception."""
+    from ..config import UserError
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return REFUSED if isinstance(error, UserError) else INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
+def error_line(error):
+    """The line of a user error."""
+    return "mpillm: error: " + " ".join(str(error).split()) + "\n"
+
+
+def refuse(error, group):
+    """Prints a user error once over all ranks and ends the job with code 2.
+
+    Parameters
+    ----------
+    error : UserError
+    group : Group, Solo or None
+        All ranks; None where MPI was not needed.
+
+    Returns
+    -------
+    The exit code, where all ranks raised; where only some did, the job is aborted here.
+    """
+    if group is None or group.size == 1:
+        say(error_line(error))
+        return REFUSED
+    try:
+        everyone = _first_speaks(error, group) if group.rank == 0 else _others_listen(error, group)
+    except Exception as trouble:  # MPI itself is in disorder: the job has to end all the same
+        say(error_line(error) + f"mpillm: rank {group.rank}: while ending: {trouble}\n")
+        everyone = False
+    if not everyone:
+        group.abort(REFUSED)
+    return REFUSED
+
+
+def _tell(group, ranks, tag):
+    """Starts an empty message to each of `ranks`; keep the result until the end."""
+    return [group.handle.Isend([bytearray(1), group.mpi.BYTE], to, tag) for to in ranks]
+
+
+def _heard(group, tag, enough, patience):
+    """Ranks heard from with `tag`: returns when `enough(ranks)` or after `patience` seconds."""
+    heard, deadline = set(), time.monotonic() + patience
+    status = group.mpi.Status()
+    while not enough(heard):
+        if group.handle.Iprobe(group.mpi.ANY_SOURCE, tag, status):
+            heard.add(status.Get_source())
+            group.handle.Recv([bytearray(1), group.mpi.BYTE], status.Get_source(), tag)
+        elif time.monotonic() > deadline:
+            break
+        else:
+            time.sleep(0.002)
+    return heard
+
+
+def _first_speaks(error, group):
+    """Rank 0's part; True when every other rank has raised too."""
+    say(error_line(error))
+    messages = _tell(group, range(1, group.size), TAG)
+    everyone = len(_heard(group, TAG, lambda ranks: len(ranks) == group.size - 1, PATIENCE)) == group.size - 1
+    return everyone and _sent(messages)
+
+
+def _others_listen(error, group):
+    """Another rank's part; True when rank 0 has raised and printed."""
+    messages = _tell(group, [0], TAG)
+    if _heard(group, TAG, bool, PATIENCE):
+        return _sent(messages)
+    messages += _tell(group, range(group.rank + 1, group.size), ELECTION_TAG)
+    if _heard(group, ELECTION_TAG, bool, ELECTION):
+        time.sleep(LAST_RESORT)  # the lowest rank prints and aborts
+    else:
+        say(error_line(error))
+    return False
+
+
+def _sent(messages):
+    """Completes messages that are known to be received."""
+    deadline = time.monotonic() + PATIENCE
+    while not all(message.Test() for message in messages):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def fail(error, group):
+    """Prints which rank failed and why, and ends the whole job with code 1; returns only where there is one rank.
+
+    Other ranks leave rank 0 a head start: what fails on all of them alike is then told once.
+    """
+    rank = 0 if group is None else group.rank
+    if rank:
+        time.sleep(HEAD_START)
+    trace = "".join(traceback.format_exception(error))
+    say(f"mpillm: rank {rank} failed: {type(error).__name__}: {error}\n{trace}")
+    return end(FAILED, group)
+
+
+def end(code, group):
+    """Ends the whole job with `code` where other ranks may be waiting; returns it where there is one rank."""
+    if group is not None and group.size > 1:
+        group.abort(code)
+    return code
+
+
+def close_output():
+    """After the reader of standard output went away: keeps the interpreter from failing again at its end."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, sys.stdout.fileno())
+    os.close(silent)

@@ -1,0 +1,123 @@
+"""metrics.jsonl: one JSON object a line, only ever appended to, readable while the run goes on.
+
+A line of a step has the keys `step, loss, grad_norm, rate, tokens, seconds, tokens_per_second, flop_share,
+memory_bytes, skipped` (and `validation_loss` where the step was validated in the same line); any other line has the
+key `event`. SI units. JSON has no NaN and no infinity: such a number is written as null.
+"""
+
+import json
+import math
+import os
+
+KEYS = ("step", "loss", "validation_loss", "grad_norm", "rate", "tokens", "seconds", "tokens_per_second", "flop_share",
+        "memory_bytes", "skipped")
+
+
+def resident_bytes():
+    """Bytes of memory that this process occupies now; its peak where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plain(value):
+    """`value` as JSON has it: NumPy scalars as numbers, non-finite numbers as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Metrics:
+    """Appends to metrics.jsonl on rank 0; the other ranks' calls do nothing.
+
+    The file is opened with the first line, so a run that is refused before that has not touched it. A last line that
+    a killed run left unfinished is closed by a line break, and readers skip it.
+
+    Parameters
+    ----------
+    path : path-like
+    group : Group or Solo
+    """
+
+    def __init__(self, path, group):
+        self.path, self.active, self.descriptor = path, group.rank == 0, None
+
+    def _open(self):
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self.descriptor).st_size
+        if size and os.pread(self.descriptor, 1, size - 1) != b"\n":
+            os.write(self.descriptor, b"\n")
+
+    def step(self, line, write=True):
+        """A step's line, keys as at the top of this file; `memory_bytes` of this rank is added to `line` where missing.
+
+        With `write=False` only that is done.
+        """
+        if self.active:
+            line.setdefault("memory_bytes", resident_bytes())
+            if write:
+                self._append({key: line[key] for key in KEYS if key in line} | line)
+
+    def event(self, name, **values):
+        """A line that is no step: `resumed`, `validation`, `checkpoint`, `stopped`, ..."""
+        self._append({"event": name, **values})
+
+    def _append(self, values):
+        if self.active:
+            if self.descriptor is None:
+                self._open()
+            data = json.dumps(plain(values), allow_nan=False).encode() + b"\n"
+            while data:  # one write, unless the disk takes only a part
+                data = data[os.write(self.descriptor, data):]
+
+    def sync(self):
+        """Makes what was written survive a crash of the machine."""
+        if self.descriptor is not None:
+            os.fsync(self.descriptor)
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def read_metrics(path):
+    """What a metrics.jsonl tells.
+
+    Returns
+    -------
+    steps : list of dict
+        By step; of several lines of a step (after a resume) the last one.
+    events : list of dict
+        In the order written.
+    Lines that are not JSON objects (torn by a kill) are left out.
+    """
+    steps, events = {}, []
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(line, dict):
+                continue
+            if "event" in line:
+                events.append(line)
+            elif type(line.get("step")) is int:
+                steps[line["step"]] = line
+    return [steps[step] for step in sorted(steps)], events

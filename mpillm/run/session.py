@@ -1,0 +1,109 @@
+"""From a job to a model that stands on its ranks; from its parameters to a checkpoint's tensors, and back."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backend import open_backend
+from ..config import UserError, job_from_dict, read_job
+from ..layout.mesh import Mesh, sizes_of
+from ..model.transformer import Shape, Transformer
+from ..store.agreement import on_root
+from ..store.checkpoint import open_checkpoint, resolve
+from ..store.hyperslab import Entry
+
+TYPES = {"float32": np.float32, "float64": np.float64}
+
+
+class Session(NamedTuple):
+    """A placed model."""
+    job: object
+    ops: object         # backend
+    mesh: Mesh
+    model: Transformer
+
+
+def shared_job(path, overrides, group):
+    """The job of a file, read and checked by rank 0 alone, on every rank."""
+    from ..config import job_to_dict
+    values = on_root(group, UserError, f"{path}: reading", lambda: job_to_dict(read_job(path, overrides)))
+    return job_from_dict(values, str(path))
+
+
+def check_vocabulary(job, vocabulary):
+    """Refuses a model whose table is smaller than the tokenizer."""
+    if job.model.vocabulary is not None and job.model.vocabulary < vocabulary:
+        raise UserError(f"model.vocabulary={job.model.vocabulary} is less than the {vocabulary} tokens of the tokenizer of the "
+                        "token file; raise it to at least that, or leave it out")
+
+
+def build(job, mesh, vocabulary, ops=None, recompute=None):
+    """A Session with values not yet initialised.
+
+    Parameters
+    ----------
+    job : Job
+    mesh : Mesh
+    vocabulary : int
+        The tokenizer's; the model's where the job gives none.
+    ops : backend or None
+        The job's device when None.
+    """
+    check_vocabulary(job, vocabulary)
+    ops = ops or open_backend(job.run.device)
+    model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
+                        job.train.recompute if recompute is None else recompute)
+    model.place(mesh, job.mesh.zero)
+    return Session(job, ops, mesh, model)
+
+
+def entries(model, moments):
+    """The model's tensors as this rank owns them, for the checkpoint: masters, and moments if asked."""
+    tables = ["masters"] + (["moment1", "moment2"] if moments else [])
+    found = []
+    for table in tables:
+        for parameter in model.parameters():
+            array = parameter.master if table == "masters" else getattr(parameter, table)
+            own = parameter.owned.within(parameter.updated)
+            found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, array[own]))
+    return found
+
+
+def gather_loaded(model, moments):
+    """After the owned parts were read: makes whole what this rank holds."""
+    for bucket in model.buckets:
+        bucket.gather(bucket.values)
+        if moments and bucket.zero == 0:
+            for moment in bucket.moments:
+                bucket.gather(moment)
+
+
+def load_weights(model, checkpoint, group, ops):
+    """Fills the model's values from a checkpoint."""
+    checkpoint.load(entries(model, moments=False), group, ops)
+    gather_loaded(model, moments=False)
+
+
+def open_model(path, group, precision=None):
+    """The model of a CHECKPOINT on a command line, data-parallel over all ranks.
+
+    Parameters
+    ----------
+    path : str
+        A run, a checkpoints directory or a step directory.
+    precision : str or None
+        "float32" or "float64"; as it was trained when None.
+
+    Returns
+    -------
+    Session, Checkpoint, bytes of tokenizer.json
+    """
+    checkpoint = open_checkpoint(resolve(path, group), group)
+    values = checkpoint.manifest["job"]
+    values = values | {"mesh": {"dp": group.size, "zero": 0}}
+    if precision:
+        values["precision"] = {"compute": precision}
+    job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
+    session = build(job, Mesh(group, sizes_of(job.mesh, group.size)), job.model.vocabulary, recompute="none")
+    load_weights(session.model, checkpoint, group, session.ops)
+    return session, checkpoint, checkpoint.files("tokenizer.json")

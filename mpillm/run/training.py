@@ -1,0 +1,186 @@
+"""The walk of a training run: data, model, resume, steps with metrics and checkpoints, and a clean end."""
+
+import math
+import time
+from pathlib import Path
+
+from ..config import UserError, job_to_dict
+from ..store.checkpoint import load_newest, open_checkpoint, resolve, save
+from ..train.gradients import Gradients
+from ..train.optimizer import AdamW
+from ..train.step import Trainer, validation_loss
+from .ending import FINISHED, STOPPED, WRONG_NUMBERS
+from .resume import changes
+from .session import entries, gather_loaded, load_weights
+
+SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
+
+
+def gemm_rate(ops, dtype, size=1024, times=3):
+    """FLOP/s of a square matrix product on this rank: what the FLOP share of a step is measured against."""
+    a, out = ops.zeros((size, size), dtype), ops.empty((size, size), dtype)
+    best = math.inf
+    for _ in range(times):
+        started = time.perf_counter()
+        ops.matmul(a, a, out=out)
+        ops.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+class Continued:
+    """Samples by their number in the whole run; Batches count from where they were opened."""
+
+    def __init__(self, batches):
+        self.batches, self.base = batches, batches.first
+
+    def samples(self, first, count):
+        return self.batches.samples(first - self.base, count)
+
+    def cursor_after(self, num_samples):
+        return self.batches.cursor_after(num_samples - self.base)
+
+
+class Training:
+    """
+    Parameters
+    ----------
+    session : Session
+        The placed model.
+    directory : RunDirectory
+        Locked by this run.
+    data : TrainingData
+    metrics, progress, stop
+        Of this run (run/metrics.py, run/progress.py, run/signals.py).
+    """
+
+    def __init__(self, session, directory, data, metrics, progress, stop):
+        self.job, self.ops, self.mesh, self.model = session
+        self.group = self.mesh.world
+        self.directory, self.data, self.metrics, self.progress, self.stop = directory, data, metrics, progress, stop
+        buckets = self.model.buckets
+        self.trainer = Trainer(self.ops, self.model, Gradients(self.ops, buckets), AdamW(self.ops, buckets, self.job.optimizer),
+                               self.mesh, self.job)
+        self.step = self.samples = 0        # done so far
+        self.saved_step = None              # step of the newest checkpoint
+        self.changes = []                   # lines of every resume that changed the job
+        self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
+
+    # ---- beginning ------------------------------------------------------------------------------------------------
+
+    def prepare(self):
+        """Loads the newest valid checkpoint of the run directory, or makes initial weights."""
+        checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops, self.progress.note)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+            return
+        if self.job.train.start:
+            start = open_checkpoint(resolve(self.job.train.start, self.group), self.group)
+            self._check_tokenizer(start)
+            load_weights(self.model, start, self.group, self.ops)
+            self.progress.note(f"weights of {start.directory}, step {start.step}")
+        else:
+            self.model.initialize()
+        self.source = Continued(self.data.batches())
+
+    def _entries_for(self, checkpoint):
+        """The tensors to load, once the job is known to fit the checkpoint."""
+        self._check_tokenizer(checkpoint)
+        changes(checkpoint.manifest["job"], self.job, checkpoint.directory)
+        return entries(self.model, moments=True)
+
+    def _check_tokenizer(self, checkpoint):
+        found = checkpoint.manifest["tokenizer"]
+        if found != self.data.tokenizer_hash:
+            raise UserError(f"data.train: the tokenizer ({self.data.tokenizer_hash[:12]}) is not the one of {checkpoint.directory} "
+                            f"({str(found)[:12]}); use token files prepared with that checkpoint's tokenizer.json")
+
+    def _resume(self, checkpoint):
+        gather_loaded(self.model, moments=True)
+        manifest = checkpoint.manifest
+        self.step = self.saved_step = checkpoint.step
+        self.samples = manifest["samples"]
+        self.source = Continued(self.data.batches(manifest["cursor"]))
+        lines = changes(manifest["job"], self.job, checkpoint.directory) + self.source.batches.messages
+        self.changes = manifest["changes"] + [f"step {self.step}: {line}" for line in lines]
+        for line in lines:
+            self.progress.note(line)
+        self.progress.note(f"resumed from {checkpoint.directory.name} on {self.group.size} rank{'s' * (self.group.size > 1)}")
+        self.metrics.event("resumed", step=self.step, ranks=self.group.size)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """All steps that are left; returns the exit code of DESIGN.md section 8."""
+        steps = self.job.train.steps
+        self.progress.start(self.step, steps)
+        if self.step >= steps and self.saved_step == self.step:
+            self.progress.note(f"all {steps} steps are done; raise train.steps to go on")
+        stopping, skips = False, 0
+        while self.step < steps and not stopping:
+            result = self._one_step()
+            stopping = result.flags[0] > 0
+            skips = skips + 1 if result.skipped else 0
+            if skips == SKIPS_IN_A_ROW:
+                return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; the last checkpoint is of step {self.saved_step}")
+            self._between_steps(stopping)
+        if self.saved_step != self.step:
+            self.save()
+        if self.step < steps:
+            return self._end(STOPPED, f"stopped by {self.stop.explain()}; start again to go on")
+        self.validate()
+        return self._end(FINISHED, "all steps are done")
+
+    def _between_steps(self, stopping):
+        """Validation and checkpoint where they are due; the last ones belong to the end of the run."""
+        train, every = self.job.train, self.job.checkpoint.every
+        if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
+            self.validate()
+        if every and self.step % every == 0:
+            self.save()
+
+    def _end(self, code, reason):
+        """Says and records how the run ended."""
+        state = {FINISHED: "finished", STOPPED: "stopped", WRONG_NUMBERS: "failed"}[code]
+        self.progress.note(f"{state} at step {self.step}: {reason}")
+        self.metrics.event(state, step=self.step, reason=reason)
+        self.directory.status(state, code, reason, self.step)
+        return code
+
+    def _one_step(self):
+        started = time.monotonic()
+        result = self.trainer.train_step(self.step + 1, self.source, self.samples, lambda: [self.stop.local()])
+        seconds = time.monotonic() - started
+        self.step += 1
+        self.samples += self.job.train.batch
+        tokens = self.job.train.batch * self.job.model.context
+        line = {"step": self.step, "loss": result.loss, "grad_norm": result.grad_norm, "rate": result.rate,
+                "tokens": self.samples * self.job.model.context, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                "flop_share": self.model.flops_per_token() * tokens / seconds / (self.gemm_rate * self.group.size),
+                "skipped": result.skipped}
+        self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
+        self.progress.step(line)
+        self.directory.heartbeat(self.step)
+        return result
+
+    def validate(self):
+        """Validation loss of the job's validation file, where there is one."""
+        if self.data.validation is None:
+            return
+        started = time.monotonic()
+        loss, tokens = validation_loss(self.ops, self.model, self.mesh, *self.data.windows(), self.trainer.micro_batch())
+        self.metrics.event("validation", step=self.step, validation_loss=loss, tokens=tokens, seconds=time.monotonic() - started)
+        self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
+
+    def save(self):
+        """A checkpoint of the step just done."""
+        started = time.monotonic()
+        manifest = {"kind": "state", "job": job_to_dict(self.job), "mesh": self.mesh.sizes, "tokenizer": self.data.tokenizer_hash,
+                    "samples": self.samples, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
+        path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
+                    {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops, self.job.checkpoint.keep)
+        self.saved_step = self.step
+        seconds = time.monotonic() - started
+        self.stop.saved(seconds)
+        self.metrics.event("checkpoint", step=self.step, seconds=seconds)
+        self.progress.note(f"step {self.step}: checkpoint {Path(path).name} in {seconds:.1f} s")

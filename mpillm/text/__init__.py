@@ -1,0 +1,1 @@
+"""TEXT -> TOKENS -> BATCH. Reading order: tokenizer, sources, corpus, encode, order, structure, tokenfile, tokenwriter, batches."""
