@@ -62,6 +62,10 @@ def pytest_runtest_logreport(report):
         counts["passed"] += 1
 
 
+def pytest_collectreport(report):
+    counts["skipped"] += report.skipped
+
+
 def end_all_ranks(report):
     """Prints the report of a failed test with its rank and ends the job; rank 0 goes first."""
     group = world()

@@ -35,7 +35,7 @@ def _evaluate(session, path, checkpoint, arguments):
     from ..text.tokenfile import TokenFile
     from ..train.step import validation_loss
 
-    file = TokenFile(path)
+    file = TokenFile(path, session.mesh.world)
     if file.tokenizer_hash != checkpoint.manifest["tokenizer"]:
         raise UserError(f"{path}: its tokenizer ({file.tokenizer_hash[:12]}) is not the model's ({checkpoint.manifest['tokenizer'][:12]}); "
                         f"prepare the file with --tokenizer {checkpoint.directory}/tokenizer.json")

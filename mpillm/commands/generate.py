@@ -19,7 +19,7 @@ def run(arguments):
     from ..layout.comm import world
     from ..layout.slab import cut
     from ..run.session import open_model
-    from ..store.agreement import on_root
+    from ..layout.agreement import on_root
     from ..text.tokenizer import Tokenizer
 
     _check(arguments)

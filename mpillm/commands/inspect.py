@@ -38,7 +38,7 @@ def _token_file(path, group):
     import os
 
     from ..config import UserError
-    from ..store.agreement import on_root
+    from ..layout.agreement import on_root
     from ..text.tokenfile import TokenFile
 
     def look():

@@ -70,7 +70,8 @@ def run(arguments):
 def _tokenizer(name, corpus, group, say):
     """The tokenizer that the user named: read or learnt on rank 0, the same on every rank."""
     import time
-    from ..text.corpus import from_first
+    from ..config import UserError
+    from ..layout.agreement import on_root
     from ..text.tokenfile import TokenFile
     from ..text.tokenizer import Tokenizer, bpe_size, read_tokenizer, train_bpe
 
@@ -87,7 +88,7 @@ def _tokenizer(name, corpus, group, say):
     started = time.monotonic()
     if size is not None:
         say(f"prepare: learning {name} from {min(corpus.num_bytes, SAMPLE) / 1e6:.0f} MB on rank 0", flush=True)
-    tokenizer = Tokenizer.from_bytes(from_first(group, make).encode(), name)
+    tokenizer = Tokenizer.from_bytes(on_root(group, UserError, f"tokenizer {name}", make).encode(), name)
     if size is not None:
         say(f"prepare: learnt {name} in {time.monotonic() - started:.1f} s", flush=True)
     return tokenizer

@@ -21,7 +21,7 @@ def run(arguments):
         raise UserError(f"--ranks {arguments.ranks}: expected 1 or more, together with --dry-run; a real run has the ranks it was started with")
     group = world()
     job = shared_job(arguments.job, arguments.overrides, group)
-    data = TrainingData(job)
+    data = TrainingData(job, group)
     if job.model.vocabulary is None:
         job = replace(job, model=replace(job.model, vocabulary=data.vocabulary))
     sizes = sizes_of(job.mesh, arguments.ranks or group.size)

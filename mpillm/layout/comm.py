@@ -23,12 +23,11 @@ import time
 
 import numpy as np
 
+from .launcher import launched
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
 RECORD_LENGTH = 256         # calls that the flight recorder remembers
-
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "PALS_RANKID", "MV2_COMM_WORLD_SIZE")
 
 recorder = collections.deque(maxlen=RECORD_LENGTH)  # Call entries of this process, newest last
 _count = 0
@@ -369,16 +368,12 @@ _world = None
 
 
 def world():
-    """The group of all ranks of this job.
-
-    MPI is initialised only where a launcher started this process: some login nodes abort in MPI_Init.
-    """
+    """The group of all ranks of this job; a Solo, without MPI, where no launcher started several."""
     global _world
     if _world is None:
-        srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        if srun or any(name in os.environ for name in LAUNCHER_VARIABLES):
+        _world = Solo()
+        if launched():
             from mpi4py import MPI
-            _world = Group(MPI.COMM_WORLD) if MPI.COMM_WORLD.Get_size() > 1 else Solo()
-        else:
-            _world = Solo()
+            if MPI.COMM_WORLD.Get_size() > 1:
+                _world = Group(MPI.COMM_WORLD)
     return _world

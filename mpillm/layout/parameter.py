@@ -88,7 +88,7 @@ class Parameter:
 
     def accumulates(self):
         """Whether a gradient is to be added (True) or written (False: the first since the last step)."""
-        assert self.bucket.grads is not None    # made now if need be, which marks all of them as not yet written
+        self.bucket.make_grads()        # first, because it marks all of them as not yet written
         fresh, self.fresh = self.fresh, False
         return not fresh
 
@@ -182,10 +182,14 @@ class Bucket:
 
     @property
     def grads(self):
+        self.make_grads()
+        return self._grads
+
+    def make_grads(self):
+        """Makes the gradients, not yet written, unless they are there."""
         if self._grads is None:
             self._grads = self.ops.empty(self.values.shape, self.dtype)
             self.clear()
-        return self._grads
 
     def free_grads(self):
         self._grads = None

@@ -17,9 +17,9 @@ class TrainingData:
     validation : TokenFile or None
     """
 
-    def __init__(self, job):
+    def __init__(self, job, group):
         self.job = job
-        self.tokenizer = self.tokenizer_hash = self.validation = None
+        self.tokenizer = self.tokenizer_hash = self.validation = self.files = None
         if job.data.train == "random":
             if not job.model.vocabulary:
                 raise UserError("data.train = \"random\": random tokens need model.vocabulary; set it")
@@ -28,18 +28,18 @@ class TrainingData:
             self.vocabulary = job.model.vocabulary
             return
         names = list(job.data.train) if isinstance(job.data.train, dict) else [job.data.train]
-        files = [TokenFile(name) for name in names]
+        self.files = [TokenFile(name, group) for name in names]
         if job.data.validation:
-            self.validation = TokenFile(job.data.validation)
-        check_same_tokenizer(files + ([self.validation] if self.validation else []))
-        self.vocabulary, self.tokenizer_hash = files[0].vocabulary, files[0].tokenizer_hash
-        self.tokenizer = files[0].tokenizer_bytes()
+            self.validation = TokenFile(job.data.validation, group)
+        check_same_tokenizer(self.files + ([self.validation] if self.validation else []))
+        self.vocabulary, self.tokenizer_hash = self.files[0].vocabulary, self.files[0].tokenizer_hash
+        self.tokenizer = self.files[0].tokenizer_bytes()
         if self.validation:
             self.windows()      # too short a file is refused now
 
     def batches(self, cursor=None):
         """The training samples from the cursor on."""
-        return open_batches(self.job.data.train, self.job.model.context, self.job.train.seed, cursor, self.vocabulary)
+        return open_batches(self.job.data.train, self.job.model.context, self.job.train.seed, cursor, self.vocabulary, self.files)
 
     def windows(self):
         """Number of validation windows, and what reads them."""

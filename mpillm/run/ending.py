@@ -135,9 +135,16 @@ def fail(error, group):
     rank = 0 if group is None else group.rank
     if rank:
         time.sleep(HEAD_START)
-    trace = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error)) + last_communication()
     say(f"mpillm: rank {rank} failed: {type(error).__name__}: {error}\n{trace}")
     return end(FAILED, group)
+
+
+def last_communication():
+    """The newest entries of the flight recorder, as lines; "" where nothing was communicated."""
+    comm = sys.modules.get("mpillm.layout.comm")
+    calls = comm.last_calls(5) if comm else []
+    return "".join(["last communication of this rank:\n", *(f"  {call}\n" for call in calls)]) if calls else ""
 
 
 def end(code, group):

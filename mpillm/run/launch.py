@@ -7,43 +7,14 @@ import os
 import re
 import time
 
+from ..layout.launcher import first_number, launched, rank, step_of_srun
+
 STARTED = time.monotonic()  # seconds; this module is imported first, so it is the start of the process
 
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "FLUX_TASK_RANK")
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_p",
            "slurmstepd", "palsd", "flux-shell")  # names as /proc shows them, at most 15 letters
-
-
-def _first(names, environ):
-    """The first of the variables that is set to a whole number, else None."""
-    for name in names:
-        if environ.get(name, "").isdigit():
-            return int(environ[name])
-    return None
-
-
-def step_of_srun(environ=os.environ):
-    """Whether srun started this process as one of several tasks (a batch script itself is no such task)."""
-    return (_first(["SLURM_STEP_NUM_TASKS"], environ) or 1) > 1
-
-
-def rank(environ=os.environ):
-    """This process's rank as its launcher counts; 0 without a launcher."""
-    found = _first(RANK_VARIABLES, environ)
-    if found is None and step_of_srun(environ):
-        found = _first(["SLURM_PROCID"], environ)
-    return found or 0
-
-
-def launched(environ=os.environ):
-    """Whether a launcher may have started several ranks; MPI is not initialised otherwise."""
-    size = _first(SIZE_VARIABLES, environ)
-    if size is None:
-        return step_of_srun(environ) or _first(RANK_VARIABLES, environ) is not None
-    return size > 1
 
 
 def ends_on_terminate(environ=os.environ):
@@ -72,11 +43,11 @@ def tasks_of_nodes(text):
 
 def local_size(environ=os.environ):
     """Ranks of this job on this node."""
-    found = _first(LOCAL_SIZE_VARIABLES, environ)
+    found = first_number(LOCAL_SIZE_VARIABLES, environ)
     if found is None and step_of_srun(environ):
         counts = tasks_of_nodes(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", ""))
-        node = _first(["SLURM_NODEID"], environ) or 0
-        found = counts[node] if node < len(counts) else _first(["SLURM_NTASKS_PER_NODE"], environ)
+        node = first_number(["SLURM_NODEID"], environ) or 0
+        found = counts[node] if node < len(counts) else first_number(["SLURM_NTASKS_PER_NODE"], environ)
     return max(1, found or 1)
 
 
@@ -137,7 +108,7 @@ def num_threads(environ=os.environ, own=None, node=None, cores_of=physical_cores
     if node is None:
         node = node_cpus() if launched(environ) else own
     cores, ranks = cores_of(node), local_size(environ)
-    on_node = _first(["SLURM_CPUS_ON_NODE"], environ)  # logical CPUs of the job here
+    on_node = first_number(["SLURM_CPUS_ON_NODE"], environ)  # logical CPUs of the job here
     if on_node and on_node < len(node):
         cores = max(1, cores * on_node // len(node))
     share = max(1, cores // ranks)

@@ -8,7 +8,7 @@ from ..backend import open_backend
 from ..config import UserError, job_from_dict, read_job
 from ..layout.mesh import Mesh, sizes_of
 from ..model.transformer import Shape, Transformer
-from ..store.agreement import on_root
+from ..layout.agreement import on_root
 from ..store.checkpoint import open_checkpoint, resolve
 from ..store.hyperslab import Entry
 

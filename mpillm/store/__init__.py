@@ -1,1 +1,1 @@
-"""Parameters to disk and back. Reading order: agreement, structure, create, hyperslab, manifest, directory, checkpoint."""
+"""Parameters to disk and back. Reading order: errors, structure, hyperslab, manifest, directory, checkpoint."""

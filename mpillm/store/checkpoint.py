@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..layout.agreement import agreed, on_root
 from ..layout.comm import Group, Solo
 from . import manifest as manifests
-from .agreement import DamagedCheckpoint, SaveFailed, agreed, on_root
 from .directory import STEP_DIRECTORY, give_up, prepare, publish, step_directories, tidy
+from .errors import DamagedCheckpoint, SaveFailed
 from .hyperslab import read_state, slab_hash, verify_written, write_state
 from .structure import check_structure_apart
 

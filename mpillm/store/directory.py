@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..layout.hdf5 import sync
 from . import manifest as manifests
-from .agreement import SaveFailed
-from .create import sync
+from .errors import SaveFailed
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,15})(\.old-\w+)?")   # .old: set aside while a new one of its step takes its place
 TEMPORARY = re.compile(r"step-\d{8,15}\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")

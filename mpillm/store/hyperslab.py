@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..layout.agreement import agreed, on_root, one_line
+from ..layout.hdf5 import create, load_h5py, sync, write_all
 from ..layout.slab import Slab
-from .agreement import DamagedCheckpoint, SaveFailed, agreed, on_root, one_line
-from .create import TYPES, create, sync, write_all
-from .structure import load_h5py
+from .errors import DamagedCheckpoint, SaveFailed
 
+TYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 PIECE = 64 << 20  # bytes of one write or comparison, about
 
 
@@ -101,7 +102,7 @@ def write_state(path, entries, group, form=None):
     with agreed(group, SaveFailed, f"{path}: checking the tensors"):
         for entry in entries:
             check_entry(entry)
-    offsets = on_root(group, SaveFailed, f"{path}: creating it", lambda: create(path, entries))
+    offsets = on_root(group, SaveFailed, f"{path}: creating it", lambda: create(path, {entry.name: (entry.shape, TYPES[entry.array.dtype.name]) for entry in entries}))
     if form == "parallel":
         _write_parallel(path, entries, group)
     else:
@@ -145,11 +146,11 @@ def _write_offsets(path, entries, offsets, group):
     with agreed(group, SaveFailed, f"{path}: writing"):
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         try:
-            for offset, entry in zip(offsets, entries):
+            for entry in entries:
                 for piece, data in _data(entry):
                     flat = data.reshape(-1)
                     for to, at, length in runs(entry.shape, piece):
-                        write_all(descriptor, flat[at:at + length].data.cast("B"), offset + to * data.itemsize)
+                        write_all(descriptor, flat[at:at + length].data.cast("B"), offsets[entry.name] + to * data.itemsize)
         finally:
             os.close(descriptor)
 

@@ -11,7 +11,8 @@ import os
 import re
 
 from ..config import UserError
-from .agreement import DamagedCheckpoint, one_line
+from ..layout.agreement import one_line
+from .errors import DamagedCheckpoint
 from .structure import regular_size
 
 FORMAT = 1

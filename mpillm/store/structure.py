@@ -6,30 +6,16 @@ file, so checkpoints are checked in a child process with limits (`check_structur
 here but by the tensor hashes (checkpoint.py).
 """
 
-import json
 import math
 import os
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
-from .agreement import DamagedCheckpoint, one_line
+from ..layout.agreement import one_line
+from ..layout.hdf5 import answer_apart, ask_apart, load_h5py
+from .errors import DamagedCheckpoint
 
-MEMORY_LIMIT = 8 << 30   # bytes of address space of the checking child
-SECONDS_LIMIT = 300      # time the checking child may take, a slow shared file system included
 DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3   # HDF5 numbers of the filters that every library has
 DEFLATE_RATIO = 1032     # the most that deflate can shrink anything
-
-
-def load_h5py():
-    """The h5py module with plugin loading off: a file must not choose the libraries that we run."""
-    os.environ["HDF5_PLUGIN_PRELOAD"] = "::"
-    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # shared file systems without locks refuse to open
-    import h5py
-    for _ in range(h5py.h5pl.size()):
-        h5py.h5pl.remove(0)
-    return h5py
 
 
 def check_structure(path, allowed):
@@ -131,34 +117,8 @@ class _Walk:
 
 def check_structure_apart(path, allowed):
     """`check_structure` in a child process, so that a file which crashes the HDF5 library costs only the child."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run([sys.executable, "-P", "-m", __name__, os.fspath(path)], input=json.dumps(allowed).encode(),
-                               capture_output=True, env=environment, timeout=SECONDS_LIMIT, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise DamagedCheckpoint(f"{path}: checking the HDF5 structure took over {SECONDS_LIMIT} s") from error
-    except OSError:  # no new process may be started here
-        check_structure(path, allowed)
-        return
-    if child.returncode:
-        last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise DamagedCheckpoint(f"{path}: checking its HDF5 structure ended with code {child.returncode}: {last or 'crashed'}")
-    if child.stdout:
-        raise DamagedCheckpoint(child.stdout.decode())
-
-
-def main():
-    """The child: the tensors on standard input, an objection (or nothing) on standard output."""
-    import resource
-    for limit, value in ((resource.RLIMIT_AS, MEMORY_LIMIT), (resource.RLIMIT_CPU, SECONDS_LIMIT), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-    try:
-        check_structure(Path(sys.argv[1]), json.load(sys.stdin))
-    except DamagedCheckpoint as error:
-        print(error, end="")
+    ask_apart(__name__, check_structure, path, allowed, DamagedCheckpoint)
 
 
 if __name__ == "__main__":
-    main()
+    answer_apart(check_structure)

@@ -12,8 +12,8 @@ import re
 from typing import NamedTuple
 
 from ..config import UserError
+from ..layout.agreement import on_root
 from ..layout.slab import cut
-
 from .sources import File, list_files
 
 PIECE = 2**20       # bytes of a file that are read at once
@@ -21,29 +21,6 @@ SEARCH = 2**16      # bytes behind a nominal cut in which a good place is looked
 HEAD = 2**12        # bytes in which a zero says that a file is not text
 # A cut of a text here leaves the tokens of both parts as they are: between two lines, else before a space.
 PLACES = (re.compile(rb"[!-~]\n(?=[!-~])"), re.compile(rb"[!-~](?= [!-~])"))
-
-
-def agreed(group, work, name="file"):
-    """The result of `work()` on each rank; a user's or file error of any rank is raised on all of them alike.
-
-    `name` stands in errors of the file system that do not name a file.
-    """
-    result = error = None
-    try:
-        result = work()
-    except UserError as problem:
-        error = str(problem)
-    except OSError as problem:
-        error = f"{problem.filename or name}: {problem.strerror or problem}"
-    for line in group.collect(error):
-        if line is not None:
-            raise UserError(line)
-    return result
-
-
-def from_first(group, work, name="file"):
-    """The JSON-able result of `work()` on rank 0, on every rank; its errors likewise."""
-    return group.share(agreed(group, work if group.rank == 0 else lambda: None, name))
 
 
 class Piece(NamedTuple):
@@ -133,7 +110,7 @@ def open_corpus(name, group):
     UserError
         Nothing there, an unreadable file or definition, or no file with text.
     """
-    return Corpus(name, from_first(group, lambda: list_files(name)))
+    return Corpus(name, on_root(group, UserError, f"corpus {name}: listing it", lambda: list_files(name)))
 
 
 def _read_text(file, piece, tally):

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .corpus import Tally, agreed
+from ..config import UserError
+from ..layout.agreement import agreed
+from .corpus import Tally
 
 BATCH = 2**22           # bytes of text given to the tokenizer at once
 SPOOL_MEMORY = 2**28    # bytes of tokens kept in memory
@@ -111,7 +113,8 @@ def encode_corpus(corpus, tokenizer, group, folder, report=None):
         A file that cannot be read, on any rank.
     """
     encoded = Encoded(token_type(tokenizer.vocabulary), folder)
-    agreed(group, lambda: _encode(corpus, tokenizer, group, encoded, report))
+    with agreed(group, UserError, f"corpus {corpus.name}: reading it"):
+        _encode(corpus, tokenizer, group, encoded, report)
     encoded.finish(group)
     return encoded
 

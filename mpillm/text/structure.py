@@ -5,30 +5,17 @@ crafted metadata. So one child process reads the structure, with limits, and pri
 is read with plain `pread` (tokenfile.py), and HDF5 is not needed any more.
 """
 
-import json
 import os
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 from ..config import UserError
+from ..layout.hdf5 import answer_apart, ask_apart, load_h5py
 
 DATASETS = {"tokens": ("uint16", "uint32"), "documents": ("int64",), "tokenizer": ("uint8",)}
 ATTRIBUTES = {"format": int, "vocabulary": int, "end": int, "documents": int, "tokenizer_hash": str, "sources_hash": str}
 PREPARE = "make it with `mpillm prepare`"
-MEMORY_LIMIT = 8 << 30      # bytes of address space of the child
-SECONDS_LIMIT = 300         # it may take on a slow shared file system
 
 
-def load_h5py():
-    """The h5py module with plugin loading off: a file must not choose the libraries that we run."""
-    os.environ["HDF5_PLUGIN_PRELOAD"] = "::"
-    import h5py
-    return h5py
-
-
-def read_structure(path):
+def read_structure(path, question=None):
     """The structure of a token file, read in this process.
 
     Returns
@@ -87,35 +74,8 @@ def _attribute(file, path, name):
 
 def read_structure_apart(path):
     """`read_structure` in a child process, so that a file which crashes HDF5 costs only the child."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run([sys.executable, "-P", "-m", __name__, os.fspath(path)], stdin=subprocess.DEVNULL,
-                               capture_output=True, env=environment, timeout=SECONDS_LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{path}: reading its structure took over {SECONDS_LIMIT} s; is its file system in order?") from None
-    except OSError:         # no new process may be started here
-        return read_structure(path)
-    if child.returncode:
-        last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise UserError(f"{path}: damaged: reading its structure ended with code {child.returncode} ({last or 'crashed'}); {PREPARE} again")
-    answer = json.loads(child.stdout)
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer
-
-
-def main():
-    """The child: a path as its argument, the structure or an objection on standard output."""
-    for limit, value in ((resource.RLIMIT_AS, MEMORY_LIMIT), (resource.RLIMIT_CPU, SECONDS_LIMIT), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-    try:
-        answer = read_structure(sys.argv[1])
-    except UserError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+    return ask_apart(__name__, read_structure, path, None, UserError)
 
 
 if __name__ == "__main__":
-    main()
+    answer_apart(read_structure)

@@ -16,8 +16,7 @@ import stat
 import numpy as np
 
 from ..config import UserError
-
-from .corpus import agreed, from_first
+from ..layout.agreement import agreed, on_root
 from .encode import token_type
 from .structure import PREPARE, read_structure_apart
 from .tokenizer import Tokenizer
@@ -55,9 +54,10 @@ class TokenFile:
     def __init__(self, path, group=None, structure=None):
         self.path, self._descriptor = str(path), None
         if structure is None:
-            structure = from_first(group, self._structure) if group else self._structure()
+            structure = on_root(group, UserError, f"{path}: opening", self._structure) if group else self._structure()
         if group:
-            agreed(group, lambda: self._open(structure))
+            with agreed(group, UserError, f"{path}: opening"):
+                self._open(structure)
         else:
             self._open(structure)
 

@@ -18,9 +18,10 @@ from mpillm.layout.slab import Slab
 from mpillm.store import checkpoint as checkpoints
 from mpillm.store import directory as directories
 from mpillm.store import manifest as manifests
-from mpillm.store.agreement import DamagedCheckpoint, SaveFailed
+from mpillm.store.errors import DamagedCheckpoint, SaveFailed
 from mpillm.store.hyperslab import Entry
-from mpillm.store.structure import check_structure, load_h5py
+from mpillm.layout.hdf5 import load_h5py
+from mpillm.store.structure import check_structure
 
 pytestmark = pytest.mark.ranks
 

@@ -12,9 +12,11 @@ from store_states import CUTS, SHAPES, assert_loaded, entries_of, forms, raised,
 from mpillm.backend.reference import Reference
 from mpillm.layout.comm import Solo
 from mpillm.layout.slab import Slab
-from mpillm.store import create, hyperslab
-from mpillm.store.agreement import DamagedCheckpoint, SaveFailed
-from mpillm.store.structure import check_structure, load_h5py
+from mpillm.layout import hdf5
+from mpillm.store import hyperslab
+from mpillm.store.errors import DamagedCheckpoint, SaveFailed
+from mpillm.layout.hdf5 import load_h5py
+from mpillm.store.structure import check_structure
 
 pytestmark = pytest.mark.ranks
 
@@ -125,7 +127,7 @@ def test_a_missing_directory_fails_on_all_ranks(group, shared_tmp):
 def test_a_full_disk_on_some_rank_fails_on_all(group, shared_tmp, monkeypatch, culprit, reserved):
     """A file size limit stands for the full disk: write gives EFBIG. Without `reserve` it shows while writing."""
     if not reserved:
-        monkeypatch.setattr(create, "reserve", lambda descriptor, path: None)
+        monkeypatch.setattr(hdf5, "reserve", lambda descriptor, path: None)
     shapes = {"masters/a": (300, 100), "masters/b": (4000, 500)}
     limited = {"first": group.rank == 0, "last": group.rank == group.size - 1, "all": True}[culprit]
     for form in forms(group):

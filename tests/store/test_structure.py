@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from mpillm.store import structure
-from mpillm.store.agreement import DamagedCheckpoint
-from mpillm.store.structure import check_structure, check_structure_apart, load_h5py
+from mpillm.store.errors import DamagedCheckpoint
+from mpillm.layout import hdf5
+from mpillm.layout.hdf5 import load_h5py
+from mpillm.store.structure import check_structure, check_structure_apart
 
 pytestmark = pytest.mark.ranks
 
@@ -165,10 +166,10 @@ def test_the_child_says_the_same(group, shared_tmp):
 def test_a_child_that_dies_is_a_damaged_checkpoint(group, shared_tmp, monkeypatch, end):
     path = shared_tmp / f"{group.rank}.h5"
     write(path)
-    run = structure.subprocess.run
-    monkeypatch.setattr(structure.subprocess, "run", lambda command, **options: run(
+    run = hdf5.subprocess.run
+    monkeypatch.setattr(hdf5.subprocess, "run", lambda command, **options: run(
         [sys.executable, "-c", f"import os, sys; {end}"], **options))
-    with pytest.raises(DamagedCheckpoint, match=f"code (-{signal.SIGSEGV.value}|3|1): (crashed|ImportError: no h5py here)"):
+    with pytest.raises(DamagedCheckpoint, match=rf"code (-{signal.SIGSEGV.value}|3|1) \((crashed|ImportError: no h5py here)\)"):
         check_structure_apart(path, ALLOWED)
 
 
@@ -177,7 +178,7 @@ def test_without_child_processes_the_check_runs_here(group, shared_tmp, monkeypa
         raise PermissionError("no new processes")
     path = shared_tmp / f"{group.rank}.h5"
     write(path, ["masters/a"], replace=soft_link)
-    monkeypatch.setattr(structure.subprocess, "run", refuse)
+    monkeypatch.setattr(hdf5.subprocess, "run", refuse)
     with pytest.raises(DamagedCheckpoint, match="soft or external link"):
         check_structure_apart(path, ALLOWED)
 

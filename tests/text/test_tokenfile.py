@@ -11,9 +11,9 @@ import pytest
 from text_files import make_file, opened, part_of, raised, shared_folder
 
 from mpillm.config import UserError
+from mpillm.layout import hdf5
 from mpillm.layout.comm import Solo, world
 from mpillm.text import corpus as corpora
-from mpillm.text import structure
 from mpillm.text.corpus import open_corpus
 from mpillm.text.encode import encode_corpus
 from mpillm.text.tokenfile import TokenFile
@@ -205,9 +205,9 @@ def test_a_child_that_dies_is_a_damaged_file(tmp_path, monkeypatch, end, words):
     make_file(tmp_path / "a.h5", 600)
     (tmp_path / "python").write_text(f"#!/bin/sh\n{end}\n")
     (tmp_path / "python").chmod(0o700)
-    monkeypatch.setattr(structure.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "python"))
     assert words in raised(lambda: TokenFile(tmp_path / "a.h5"))
-    monkeypatch.setattr(structure.sys, "executable", str(tmp_path / "none"))
+    monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "none"))
     assert TokenFile(tmp_path / "a.h5").num_tokens == 600
 
 

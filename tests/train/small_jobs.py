@@ -1,0 +1,100 @@
+"""Small jobs and a source of samples for the tests of training."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mpillm.backend import open_backend
+from mpillm.config import job_from_dict
+from mpillm.layout.comm import Solo
+from mpillm.layout.mesh import Mesh
+from mpillm.model.transformer import Shape, Transformer
+from mpillm.train.gradients import Gradients
+from mpillm.train.optimizer import AdamW
+from mpillm.train.step import Trainer
+
+OPS = open_backend("cpu")
+VOCABULARY, CONTEXT = 31, 9
+
+
+class Source:
+    """Samples whose tokens, targets and weights are a pure function of their number; a quarter of the weights is 0."""
+
+    def __init__(self, context=CONTEXT):
+        self.context, self.asked = context, []
+
+    def samples(self, first, count):
+        self.asked.append((first, count))
+        rows = [np.random.default_rng(number) for number in range(first, first + count)]
+        text = np.stack([random.integers(0, VOCABULARY, self.context + 1) for random in rows])
+        weights = np.stack([random.random(self.context) * (random.random(self.context) > 0.25) for random in rows])
+        return text[:, :-1], text[:, 1:], weights
+
+
+def job_of(family="llama", **sections):
+    """5 heads of width 4 (grouped in llama), 7 samples a step; sections override: train={"batch": 3}."""
+    values = {
+        "model": {"family": family, "layers": 2, "width": 20, "heads": 5, "context": CONTEXT, "mlp_width": 13},
+        "data": {"train": "random"}, "mesh": {"zero": 0}, "train": {"steps": 50, "batch": 7},
+        # AdamW divides by |gradient| + epsilon: epsilon is far above the rounding of the key bias, whose true gradient is 0
+        "optimizer": {"rate": 3e-3, "warmup": 2, "epsilon": 1e-6}, "precision": {"compute": "float64"}, "run": {"name": "test"},
+    }
+    if family == "llama":
+        values["model"]["kv_heads"] = 1
+    for section, entries in sections.items():
+        values[section] = values.get(section, {}) | entries
+    return job_from_dict(values, "test")
+
+
+def trainer_of(job, group=None):
+    """A Trainer on all ranks of `group` as data-parallel ranks, or on this rank alone."""
+    group = group or Solo()
+    mesh = Mesh(group, {"dp": group.size})
+    model = Transformer(OPS, Shape.of(job.model, VOCABULARY), np.dtype(job.precision.compute), job.train.seed, job.train.recompute)
+    model.place(mesh, job.mesh.zero)
+    model.initialize()
+    for number, parameter in enumerate(model.parameters()):     # so that no bias and no norm is at its special value
+        change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
+        parameter.value += change[parameter.held.slices()].astype(model.dtype)
+    return Trainer(OPS, model, Gradients(OPS, model.buckets), AdamW(OPS, model.buckets, job.optimizer), mesh, job)
+
+
+class Trace(NamedTuple):
+    """What a few steps left on this rank: arrays of `updated` slabs."""
+    losses: list
+    norms: list
+    gradients: list     # of each step: {name: (slab, array)}
+    weights: dict       # {name: (slab, array)}
+
+
+def steps_of(trainer, count, source=None, keep_gradients=True):
+    """Trains steps 1 .. count."""
+    batch, source, results, gradients = trainer.job.train.batch, source or Source(), [], []
+    for step in range(1, count + 1):
+        results.append(trainer.train_step(step, source, (step - 1) * batch))
+        if keep_gradients:
+            gradients.append({p.name: (p.updated, p.owned_grad.copy()) for p in trainer.model.parameters()})
+    weights = {p.name: (p.held, p.value.copy()) for p in trainer.model.parameters()}
+    return Trace([r.loss for r in results], [r.grad_norm for r in results], gradients, weights)
+
+
+def worst_gradient(found, expected):
+    """The largest relative difference of any gradient (DESIGN.md section 8) and its name; `expected` is of one rank.
+
+    The true gradient of a key bias is 0: what is found is the rounding of sums as large as those of the key weight.
+    """
+    sizes = {name: float(np.abs(expected[name.replace("key.bias", "key.weight")][1]).max()) for name in expected}
+    least = 1e-6 * max(sizes.values())
+    return max((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(sizes[name], least), name)
+               for name, (slab, array) in found.items())
+
+
+def worst_weight(found, expected, rate):
+    """The same for weights."""
+    return max((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(float(np.abs(expected[name][1]).max()), rate), name)
+               for name, (slab, array) in found.items())
+
+
+def worst_of_all(group, pair):
+    """The largest (difference, name) of all ranks, on all ranks, so that a test passes or fails on all alike."""
+    return max(tuple(each) for each in group.collect(pair))
