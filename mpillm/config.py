@@ -187,7 +187,7 @@ def _section(kind, values, name, source):
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            raise UserError(f"{source}: unknown key {name}.{key}{nearest(key, fields)}")
+            raise UserError(f"{source}: unknown key {name}.{key}" + (nearest(key, fields) or f"; keys of [{name}] are {', '.join(fields)}"))
     taken = {}
     for key, item in fields.items():
         if key in values:

@@ -15,8 +15,9 @@ def run(arguments):
     from ..layout.comm import world
     from ..run.session import open_model
 
-    if arguments.micro_batch < 1 or arguments.samples < 0:
-        raise UserError(f"--micro-batch {arguments.micro_batch} --samples {arguments.samples}: expected at least 1 and at least 0")
+    for name, value, least in (("micro-batch", arguments.micro_batch, 1), ("samples", arguments.samples, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: expected at least {least}")
     group = world()
     session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group, arguments.precision)
     results = [_evaluate(session, path, checkpoint, arguments) for path in arguments.data]

@@ -24,14 +24,17 @@ def run(arguments):
 
     _check(arguments)
     group = world()
+    on_root(group, UserError, f"--output {arguments.output}: looking at it", lambda: _check_output(arguments.output))
     prompts = on_root(group, UserError, f"{arguments.prompts}: reading", lambda: _prompts(arguments))
     session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group)
     tokenizer = Tokenizer.from_bytes(tokenizer_bytes, str(checkpoint.directory))
     start, size = cut(len(prompts), group.size, group.rank)     # prompts are split over all ranks
     mine = [_continue(session.model, tokenizer, prompts[number], number, arguments) for number in range(start, start + size)]
     texts = [text for part in group.collect(mine) for text in part]
-    if group.rank == 0:
-        _write(prompts, texts, arguments.output)
+    if arguments.output:
+        on_root(group, UserError, f"--output {arguments.output}: writing", lambda: _write(prompts, texts, arguments.output))
+    elif group.rank == 0:
+        _show(prompts, texts)
     return 0
 
 
@@ -43,6 +46,19 @@ def _check(arguments):
             raise UserError(f"--{name} {getattr(arguments, name.replace('-', '_'))}: expected {wanted}")
 
 
+def _check_output(output):
+    """Refuses, before the work, an output that could not be written after it."""
+    import os
+    from ..config import UserError
+    if not output:
+        return
+    if os.path.lexists(output):
+        raise UserError(f"--output {output}: exists already; give another name")
+    folder = os.path.dirname(output) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {output}: {folder} is not a folder that may be written to; make it, or give another name")
+
+
 def _prompts(arguments):
     from ..config import UserError
     if arguments.prompt is not None:
@@ -50,8 +66,10 @@ def _prompts(arguments):
     try:
         with open(arguments.prompts, encoding="utf-8") as file:
             prompts = [line.rstrip("\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {arguments.prompts}: cannot read it as text: {error}") from None
+    except OSError as error:
+        raise UserError(f"--prompts {arguments.prompts}: cannot read it: {error.strerror}; expected a text file with a prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {arguments.prompts}: is not UTF-8 text ({error.reason} at byte {error.start}); expected a prompt a line") from None
     if not prompts:
         raise UserError(f"--prompts {arguments.prompts}: is empty; expected a prompt a line")
     return prompts
@@ -65,12 +83,13 @@ def _continue(model, tokenizer, prompt, number, arguments):
     return tokenizer.decode(list(generate(model, ids, arguments.tokens, sampling, tokenizer.end, number)))
 
 
+def _show(prompts, texts):
+    for prompt, text in zip(prompts, texts):
+        print(prompt + text, end="\n\n" if len(prompts) > 1 else "\n")
+
+
 def _write(prompts, texts, output):
     import json
-    if output is None:
-        for prompt, text in zip(prompts, texts):
-            print(prompt + text, end="\n\n" if len(prompts) > 1 else "\n")
-        return
     with open(output, "x", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts):
             file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")

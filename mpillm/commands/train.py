@@ -3,7 +3,7 @@
 
 def add_arguments(parser):
     parser.add_argument("job", metavar="JOB.toml", help="job file")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="fields that replace those of the file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="fields that replace those of the file")
     parser.add_argument("--dry-run", action="store_true", help="print model size, layout, bytes of a rank and steps; train nothing")
     parser.add_argument("--ranks", type=int, help="with --dry-run: the number of ranks to plan for")
 

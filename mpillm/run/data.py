@@ -1,8 +1,13 @@
 """The token files of a job, opened and checked before the first step."""
 
 from ..config import UserError
+from ..layout.agreement import agreed
+from ..layout.slab import cut
 from ..text.batches import check_same_tokenizer, open_batches, validation_windows
 from ..text.tokenfile import TokenFile
+
+LOOKED_AT = 2**24       # tokens of each file whose ids a rank checks before the first step, a moment's work
+PIECE = 2**20           # tokens read at once
 
 
 class TrainingData:
@@ -36,6 +41,18 @@ class TrainingData:
         self.tokenizer = self.files[0].tokenizer_bytes()
         if self.validation:
             self.windows()      # too short a file is refused now
+        self._check_ids(group)
+
+    def _check_ids(self, group):
+        """Refuses ids beyond the vocabulary now, not at the step that reads them: all ranks look at their parts of the files.
+
+        What is left of a part beyond `LOOKED_AT` tokens is checked when it is read.
+        """
+        with agreed(group, UserError, "checking the token files"):
+            for file in self.files + ([self.validation] if self.validation else []):
+                first, size = cut(file.num_tokens, group.size, group.rank)
+                for start in range(first, first + min(size, LOOKED_AT), PIECE):
+                    file.read(start, min(start + PIECE, first + size))
 
     def batches(self, cursor=None):
         """The training samples from the cursor on."""
