@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-CHUNK_ELEMENTS = 4 * 2**20      # logits of a chunk, at most (about; at least 64 tokens)
+CHUNK_ELEMENTS = 16 * 2**20     # logits of a chunk, at most (at least 64 tokens); with 4 M the products of a 50,257-token table ran at 2/3 the speed
 
 
 class OutputLoss:

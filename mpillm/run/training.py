@@ -122,7 +122,8 @@ class Training:
             stopping = result.flags[0] > 0
             skips = skips + 1 if result.skipped else 0
             if skips == SKIPS_IN_A_ROW:
-                return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; the last checkpoint is of step {self.saved_step}")
+                last = "there is no checkpoint" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
+                return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; {last}")
             self._between_steps(stopping)
         if self.saved_step != self.step:
             self.save()

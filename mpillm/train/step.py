@@ -104,7 +104,7 @@ class Trainer:
 def make_batch(ops, model, part, total, step=0, dropout=0.0):
     """The Batch of host arrays (tokens, targets, weights, sample numbers); each target counts weight / total."""
     tokens, targets, weights, numbers = part
-    scale = (weights / total).astype(model.dtype)
+    scale = weights.astype(model.dtype) / np.asarray(total, model.dtype)
     return Batch(ops.from_host(tokens), ops.from_host(targets), ops.from_host(scale),
                  np.arange(tokens.shape[1], dtype=np.int64), numbers, step, dropout)
 

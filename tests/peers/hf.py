@@ -1,0 +1,196 @@
+"""Models of Hugging Face transformers beside mpillm's: same shape, same weights, gradients under mpillm's names.
+
+The peer computes its loss, RMSNorm, rotary angles and softmax in float32 whatever the type of its weights; `use_float64_forms`
+replaces those by forms that keep the type, without changing the mathematics.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.pytorch_utils import Conv1D
+
+from mpillm.backend import open_backend
+from mpillm.config import job_from_dict
+from mpillm.layout.comm import Solo
+from mpillm.layout.mesh import Mesh
+from mpillm.model.transformer import Shape, Transformer
+
+torch.set_num_threads(1)
+
+# A layer of mpillm -> a module of the peer, and which third of its rows where query, key and value are one matrix; {} = block.
+GPT = {
+    "embedding.tokens": ("transformer.wte", None),
+    "embedding.positions": ("transformer.wpe", None),
+    "blocks.{}.attention_norm": ("transformer.h.{}.ln_1", None),
+    "blocks.{}.attention.query": ("transformer.h.{}.attn.c_attn", 0),
+    "blocks.{}.attention.key": ("transformer.h.{}.attn.c_attn", 1),
+    "blocks.{}.attention.value": ("transformer.h.{}.attn.c_attn", 2),
+    "blocks.{}.attention.output": ("transformer.h.{}.attn.c_proj", None),
+    "blocks.{}.mlp_norm": ("transformer.h.{}.ln_2", None),
+    "blocks.{}.mlp.up": ("transformer.h.{}.mlp.c_fc", None),
+    "blocks.{}.mlp.down": ("transformer.h.{}.mlp.c_proj", None),
+    "norm": ("transformer.ln_f", None),
+    "head": ("lm_head", None),
+}
+LLAMA = {
+    "embedding.tokens": ("model.embed_tokens", None),
+    "blocks.{}.attention_norm": ("model.layers.{}.input_layernorm", None),
+    "blocks.{}.attention.query": ("model.layers.{}.self_attn.q_proj", None),
+    "blocks.{}.attention.key": ("model.layers.{}.self_attn.k_proj", None),
+    "blocks.{}.attention.value": ("model.layers.{}.self_attn.v_proj", None),
+    "blocks.{}.attention.output": ("model.layers.{}.self_attn.o_proj", None),
+    "blocks.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm", None),
+    "blocks.{}.mlp.gate": ("model.layers.{}.mlp.gate_proj", None),
+    "blocks.{}.mlp.up": ("model.layers.{}.mlp.up_proj", None),
+    "blocks.{}.mlp.down": ("model.layers.{}.mlp.down_proj", None),
+    "norm": ("model.norm", None),
+    "head": ("lm_head", None),
+}
+MAPS = {"gpt": GPT, "llama": LLAMA}
+
+
+def make_job(model, compute, train=None, optimizer=None):
+    """The Job of a [model] section, without data."""
+    return job_from_dict({"model": model, "data": {"train": "random"}, "train": {"steps": 1, "batch": 1} | (train or {}),
+                          "optimizer": optimizer or {}, "precision": {"compute": compute}, "run": {"name": "peer"}}, "peer job")
+
+
+def make_model(job, ops=None):
+    """mpillm's model of a job on this process alone, weights not yet set."""
+    shape = Shape.of(job.model, None)
+    model = Transformer(ops or open_backend("cpu"), shape, np.dtype(job.precision.compute), job.train.seed)
+    model.place(Mesh(Solo(), {}), 0)
+    return model
+
+
+def make_peer(shape, dtype, std=0.2, seed=0):
+    """The peer of a Shape with random weights: N(0, std^2), around 1 for the weights of norms."""
+    peer = (gpt_peer if shape.family == "gpt" else llama_peer)(shape).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * std
+            is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            parameter.copy_(noise + is_norm)
+    return peer
+
+
+def gpt_peer(shape):
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
+        n_inner=shape.mlp_width, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=shape.norm_epsilon,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=shape.tied, attn_implementation="eager"))
+
+
+def llama_peer(shape):
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp_width, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.context,
+        rms_norm_eps=shape.norm_epsilon, bos_token_id=None, eos_token_id=None, tie_word_embeddings=shape.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base}, attn_implementation="eager"))
+
+
+def peer_array(peer, family, name, grad=False):
+    """The peer's value or gradient of mpillm's parameter `name`, in mpillm's layout (out, in).
+
+    A view, except that a gradient PyTorch never made is zeros.
+    """
+    layer, kind = name.rsplit(".", 1)
+    parts = layer.split(".")
+    number = parts[1] if parts[0] == "blocks" else ""
+    if number:
+        parts[1] = "{}"
+    path, third = MAPS[family][".".join(parts)]
+    module = peer.get_submodule(path.format(number))
+    tensor = getattr(module, kind)
+    if grad:
+        tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    if isinstance(module, Conv1D) and kind == "weight":
+        tensor = tensor.T
+    if third is not None:
+        tensor = tensor.chunk(3)[third]
+    return tensor.detach().numpy()
+
+
+def copy_weights(peer, model):
+    """Gives mpillm's model the weights of its peer; every element of the peer must find a place."""
+    for parameter in model.parameters():
+        parameter.value[...] = peer_array(peer, model.shape.family, parameter.name)
+    assert sum(parameter.value.size for parameter in model.parameters()) == sum(p.numel() for p in peer.parameters())
+
+
+def peer_forward(peer, tokens, targets, weights, num_items=None):
+    """The peer's logits (B, T, V) and loss: the mean over targets of weight 1, or their sum / num_items."""
+    labels = torch.from_numpy(np.where(weights > 0, targets, -100).astype(np.int64))
+    out = peer(torch.from_numpy(tokens.astype(np.int64)), labels=labels, shift_labels=labels, num_items_in_batch=num_items, use_cache=False)
+    return out.logits, out.loss
+
+
+# ---- the peer's float32 pieces, in the type of their input --------------------------------------------------------------
+
+
+def use_float64_forms(monkeypatch, peer):
+    """Until the test ends."""
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager_attention)
+    peer.loss_function = causal_loss
+
+
+def rms_norm(self, x):
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@torch.no_grad()
+def rotary(self, x, position_ids):
+    width, base = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+    frequencies = base ** -(torch.arange(0, width, 2, dtype=x.dtype) / width)
+    angles = position_ids[..., None].to(x.dtype) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, **_):
+    key, value = [modeling_llama.repeat_kv(x, module.num_key_value_groups) for x in (key, value)]
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = F.softmax(scores, dim=-1)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def causal_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    loss = F.cross_entropy(logits.view(-1, vocab_size), shift_labels.view(-1), ignore_index=-100, reduction="sum")
+    return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+# ---- differences -----------------------------------------------------------------------------------------------------------
+
+
+def difference(a, b, floor=0.0):
+    """max|a - b| / max(max|b|, floor)"""
+    a, b = np.asarray(a), np.asarray(b)
+    worst, scale = np.abs(a - b).max(), max(np.abs(b).max(), floor)
+    assert np.isfinite(worst)
+    return float(worst / scale) if scale else float(worst)
+
+
+def gradient_differences(model, peer, num_tokens):
+    """Relative difference (DESIGN.md section 8) of every gradient, by name, after sequences of `num_tokens` tokens.
+
+    The true gradient of a gpt key bias is 0, and of all queries and keys where a sequence is one token: what is there is the
+    rounding of sums that cancel. In float32 that is more than 1e-6 of the largest gradient, so it is measured against the value's.
+    """
+    family = model.shape.family
+    theirs = {parameter.name: peer_array(peer, family, parameter.name, grad=True) for parameter in model.parameters()}
+    floor = 1e-6 * max(np.abs(grad).max() for grad in theirs.values())
+    found = {}
+    for parameter in model.parameters():
+        name, least = parameter.name, floor
+        is_zero = name.endswith("key.bias") or (num_tokens == 1 and (".query." in name or ".key." in name))
+        if is_zero and model.dtype == np.float32:
+            least = np.abs(theirs[name.replace("key", "value").replace("query", "value")]).max()
+        found[name] = difference(parameter.grad, theirs[name], least)
+    return found
