@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Sets up the environment with the test extras, then runs the tests: those without ranks in one process, those marked
+# `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py). The last line is "N passed, N failed".
+#   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
+#     --long       the counted proofs too
+#     --no-peers   without PyTorch and transformers, so without tests/peers
+#     --ranks      other numbers of ranks; "" leaves them out
+#     --mpi        that MPI, in an environment of its own (.venv-NAME)
+#     PATH         tests to run (default: all)
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root" || exit
+
+long=no peers=--peers ranks="1 2 3 4" venv=.venv mpi=() paths=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --long) long=yes ;;
+    --no-peers) peers= ;;
+    --ranks) ranks=${2?--ranks needs numbers}; shift ;;
+    --mpi) mpi=(--mpi "${2:?--mpi needs a name}"); venv=.venv-$2; shift ;;
+    -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "mpillm: error: tests/run.sh: unknown option $1; see tests/run.sh --help" >&2; exit 2 ;;
+    *) paths+=("$1") ;;
+  esac
+  shift
+done
+
+jobs/setup.sh --test $peers --prefix "$venv" ${mpi[@]+"${mpi[@]}"} || exit
+. "$venv/bin/activate"
+. jobs/environment.sh
+color=no
+if [ -t 1 ]; then color=yes; fi
+export OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+unlong="and not long"
+seconds=900            # a launch that takes longer hangs
+if [ $long = yes ]; then unlong="" seconds=7200; fi
+results=$(mktemp -d) || exit
+trap 'rm -rf "$results"' EXIT
+passed=0 failed=0 summary=""
+
+# part NAME COMMAND...: one launch; adds its counts. Status 5 of pytest (nothing to run) is no failure.
+part() {
+  local name=$1 began=$SECONDS code=0 good=0 bad=0 skipped=0
+  shift
+  printf '\n== %s\n' "$name"
+  export MPILLM_TEST_RESULTS=$results/${name// /-}
+  timeout --foreground --kill-after=10 $seconds "$@" || code=$?
+  if [ -s "$MPILLM_TEST_RESULTS" ]; then read -r good bad skipped < "$MPILLM_TEST_RESULTS"; fi
+  [ $code -ne 5 ] || code=0
+  [ $code -eq 0 ] || [ "$bad" -gt 0 ] || bad=1     # it crashed, hung or could not collect
+  passed=$((passed + good)) failed=$((failed + bad))
+  local note=""
+  if [ $code -eq 124 ]; then note="  (ended after $seconds s)"; elif [ $code -ne 0 ]; then note="  (exit code $code)"; fi
+  summary+=$(printf '%-12s %5d passed %4d failed %4d skipped %6d s%s' "$name" "$good" "$bad" "$skipped" $((SECONDS - began)) "$note")$'\n'
+}
+
+part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" ${paths[@]+"${paths[@]}"}
+for n in $ranks; do
+  part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
+done
+
+printf '\n%s%s passed, %s failed\n' "$summary" "$passed" "$failed"
+[ "$failed" -eq 0 ]
