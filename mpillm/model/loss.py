@@ -23,9 +23,10 @@ class OutputLoss:
     def __init__(self, ops, table):
         self.ops, self.table = ops, table
 
-    def chunk(self):
-        """Tokens of a chunk."""
-        return max(64, CHUNK_ELEMENTS // self.table.shape[0])
+    def chunk(self, num_tokens):
+        """Tokens of a chunk: as equal chunks as there must be."""
+        most = max(64, CHUNK_ELEMENTS // self.table.shape[0])
+        return -(-num_tokens // -(-num_tokens // most))
 
     def logits(self, x):
         """(N, C) -> (N, V)"""
@@ -51,8 +52,8 @@ class OutputLoss:
         ops, num_tokens = self.ops, x.shape[0]
         targets, scale = batch.targets.reshape(-1), batch.scale.reshape(-1)     # (N,)
         dx = ops.empty(x.shape, x.dtype) if training else None
-        size, loss = self.chunk(), 0.0
-        logits = ops.empty((min(size, num_tokens), self.table.held.shape[0]), x.dtype)
+        size, loss = self.chunk(num_tokens), 0.0
+        logits = ops.empty((size, self.table.held.shape[0]), x.dtype)
         for start in range(0, num_tokens, size):
             part = slice(start, min(start + size, num_tokens))
             chunk = ops.matmul(x[part], self.table.value.T, out=logits[:part.stop - start])     # (n, V)

@@ -7,6 +7,7 @@ held, and what a refused run made is removed again.
 import contextlib
 import json
 import os
+import re
 import stat
 import time
 import uuid
@@ -17,6 +18,7 @@ from . import ending, lock
 
 FOLDERS = ("checkpoints",)
 FILES = ("job.toml", "log.txt", "metrics.jsonl", "status.json", lock.NAME)
+TEMPORARY = re.compile(r"\.(job\.toml|status\.json)\.[0-9a-f]{12}")    # of `write_atomic`
 STOP = "stop"           # a file of this name, made by anyone who may write here, stops the run
 STATUS_LIMIT = 65536    # characters of status.json that are read
 HEARTBEAT = 30.0        # seconds between renewals of the lock
@@ -141,8 +143,10 @@ class RunDirectory:
         return self.path / name
 
     def write_job(self, text):
-        """Keeps the resolved job as job.toml."""
+        """Keeps the resolved job as job.toml; removes what a killed run left half-written."""
         if self.group.rank == 0:
+            for leftover in filter(TEMPORARY.fullmatch, os.listdir(self.path)):
+                os.unlink(self.path / leftover)
             write_atomic(self.file("job.toml"), text.encode())
 
     def status(self, state, exit=None, reason=None, step=None, rank=None):

@@ -20,6 +20,7 @@ from .errors import SaveFailed
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,15})(\.old-\w+)?")   # .old: set aside while a new one of its step takes its place
 TEMPORARY = re.compile(r"step-\d{8,15}\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")
+HINT = "latest.tmp-"
 ABANDONED = 3600          # seconds after which an unfinished save of another host counts as dead
 LEAST_KEPT = 2            # the newest may turn out damaged
 OVERHEAD = 1 << 20        # bytes of a state file beside the tensors
@@ -42,6 +43,8 @@ def prepare(directory, name, entries, manifest, files):
     for leftover in directory.iterdir():
         if _is_dead(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
+        elif leftover.name.startswith(HINT):    # of a run that was killed: only one writes here
+            leftover.unlink(missing_ok=True)
     needed = bytes_needed(entries, files)
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -111,7 +114,7 @@ def _write_durable(path, data):
 def tidy(directory, newest, keep):
     """After `newest` is published: the hint, then all but the `keep` newest valid checkpoints. Never fails."""
     try:
-        hint = directory / f"latest.tmp-{uuid.uuid4().hex[:8]}"
+        hint = directory / f"{HINT}{uuid.uuid4().hex[:8]}"
         _write_durable(hint, f"{newest}\n".encode())
         os.replace(hint, directory / "latest")
     except OSError:

@@ -83,7 +83,7 @@ def _walk(root, include, exclude):
 
 def _definition_folders():
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return ["data", os.path.join(os.path.dirname(package), "data"), os.path.join(package, "data")]
+    return ["data", os.path.join(os.path.dirname(package), "data"), os.path.join(sys.prefix, "share", "mpillm", "data")]
 
 
 def _definitions():
