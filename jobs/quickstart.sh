@@ -27,7 +27,7 @@ step() { { tail -n 1 "$run/metrics.jsonl" 2>/dev/null || true; } | sed -n 's/.*"
 # train RANKS [STOP_STEP]: trains; at STOP_STEP asks for a stop as a batch system would (USR1: save and stop, exit code 75).
 train() {
   local ranks=$1 stop=${2:-} code=0
-  mpirun -n "$ranks" mpillm train jobs/quickstart.toml run.name="$name" "${overrides[@]}" &
+  mpirun -n "$ranks" mpillm train jobs/quickstart.toml run.name="$name" ${overrides[@]+"${overrides[@]}"} &
   local job=$!
   if [ -n "$stop" ]; then
     until [ "$(step)" -ge "$stop" ] || ! kill -0 $job 2>/dev/null; do sleep 0.3; done

@@ -84,6 +84,8 @@ def _continue(model, tokenizer, prompt, number, arguments):
 
 
 def _show(prompts, texts):
+    import sys
+    sys.stdout.reconfigure(errors="replace")    # a terminal may not have all of Unicode
     for prompt, text in zip(prompts, texts):
         print(prompt + text, end="\n\n" if len(prompts) > 1 else "\n")
 

@@ -16,7 +16,7 @@ from .session import entries, gather_loaded, load_weights
 SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
 
 
-def gemm_rate(ops, dtype, size=1024, times=3):
+def gemm_rate(ops, dtype, size=1024, times=10):
     """FLOP/s of a square matrix product on this rank: what the FLOP share of a step is measured against."""
     a, out = ops.zeros((size, size), dtype), ops.empty((size, size), dtype)
     best = math.inf
