@@ -107,12 +107,12 @@ def _fields(values):
 def _checkpoint_lines(holds, all_tensors):
     import math
 
-    job = holds.get("job", {})
+    job, cursor = holds.get("job", {}), holds.get("cursor", {})
     lines = _fields({
         "checkpoint": holds["path"], "step": holds["step"], "kind": holds["kind"],
         "model": _pairs(job.get("model", {})), "precision": _pairs(job.get("precision", {})),
         "mesh": _pairs(holds.get("mesh", {})), "samples": holds.get("samples", "not recorded"),
-        "cursor": holds.get("cursor", "not recorded"), "tokenizer hash": holds.get("tokenizer", "not recorded"),
+        "cursor": "; ".join(map(_pairs, cursor.get("corpora") or [cursor])) or "not recorded", "tokenizer hash": holds.get("tokenizer", "not recorded"),
         "files": ", ".join(f"{name} ({file['bytes']:,} bytes)" for name, file in holds["files"].items()) or "none"})
     lines += [f"changed   {change}" for change in holds.get("changes", [])]
     groups = {}

@@ -40,6 +40,7 @@ def run(arguments):
     import time
     from ..config import UserError
     from ..layout.comm import world
+    from ..run.progress import bytes_text
     from ..text.corpus import open_corpus
     from ..text.encode import encode_corpus
     from ..text.tokenwriter import check_output, write_token_file
@@ -54,7 +55,7 @@ def run(arguments):
         check_output(path, group, arguments.overwrite)
     corpus = open_corpus(arguments.corpus, group)
     say = print if group.rank == 0 else lambda *text, **how: None
-    say(f"prepare: {corpus.name}: {len(corpus.files)} files, {corpus.num_bytes / 1e6:.1f} MB", flush=True)
+    say(f"prepare: {corpus.name}: {len(corpus.files)} file{'s' * (len(corpus.files) != 1)}, {bytes_text(corpus.num_bytes)}", flush=True)
     tokenizer = _tokenizer(arguments.tokenizer, corpus, group, say)
     folder = os.path.dirname(arguments.out) or "."
     encoded = encode_corpus(corpus, tokenizer, group, folder, _progress if group.rank == 0 else None)
@@ -128,4 +129,4 @@ def _summary(written, encoded, tokenizer, group, say, seconds):
     tokens = sum(num_tokens for num_tokens, _ in written.values())
     for path, (num_tokens, num_documents) in written.items():
         say(f"prepare: {path}: {num_documents} documents, {num_tokens} tokens")
-    say(f"prepare: vocabulary {tokenizer.vocabulary}, {text_bytes / tokens:.2f} bytes per token, {seconds:.1f} s, {group.size} ranks")
+    say(f"prepare: vocabulary {tokenizer.vocabulary}, {text_bytes / tokens:.2f} bytes per token, {seconds:.1f} s, {group.size} rank{'s' * (group.size > 1)}")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ def ask_apart(module, work, path, question, refusal):
         raise refusal(f"{path}: reading its HDF5 structure took over {SECONDS_LIMIT} s; is its file system in order?") from error
     except OSError:  # no new process may be started here
         return work(path, question)
+    if -child.returncode in (signal.SIGKILL, signal.SIGXCPU):      # says nothing about the file
+        raise RuntimeError(f"{path}: the process that looked into it was ended by signal {-child.returncode}: no memory or time left on this node?")
     if child.returncode:
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise refusal(f"{path}: damaged: reading its HDF5 structure ended with code {child.returncode} ({last or 'crashed'}); restore it or make it again")

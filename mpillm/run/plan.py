@@ -6,6 +6,7 @@ from ..text.batches import RandomBatches
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer
+from .progress import bytes_text, scaled
 from .session import build
 
 
@@ -51,15 +52,13 @@ def table(job, sizes, vocabulary):
     """The lines that `--dry-run` prints."""
     found = needs(job, sizes, vocabulary)
     ranks = sizes["pp"] * sizes["dp"] * sizes["cp"] * sizes["tp"]
-    def mebibytes(number):
-        return f"{number / 2**20:,.1f} MiB"
     rows = [
         ("model", f"{job.model.family}, {job.model.layers} layers, width {job.model.width}, vocabulary {job.model.vocabulary or vocabulary}: "
                   f"{found['parameters']:,} parameters"),
         ("layout", f"{ranks} rank{'s' * (ranks > 1)}: " + " x ".join(f"{axis}={sizes[axis]}" for axis in ("pp", "dp", "cp", "tp")) + f", zero={job.mesh.zero}"),
-        ("a rank holds", f"values {mebibytes(found['values'])}, moments {mebibytes(found['moments'])}, gradients {mebibytes(found['gradients'])}"),
-        ("a rank needs", f"{mebibytes(found['peak'])} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute})"),
-        ("a step", f"{found['tokens']:,} tokens in {found['micro_batches']} micro-batch{'es' * (found['micro_batches'] > 1)} a rank, {found['flops'] / 1e12:,.3f} TFLOP on all ranks"),
-        ("the run", f"{job.train.steps:,} steps, {job.train.steps * found['tokens']:,} tokens, {job.train.steps * found['flops'] / 1e15:,.3f} PFLOP"),
+        ("a rank holds", f"values {bytes_text(found['values'])}, moments {bytes_text(found['moments'])}, gradients {bytes_text(found['gradients'])}"),
+        ("a rank needs", f"{bytes_text(found['peak'])} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute})"),
+        ("a step", f"{found['tokens']:,} tokens in {found['micro_batches']} micro-batch{'es' * (found['micro_batches'] > 1)} a rank, {scaled(found['flops'])}FLOP on all ranks"),
+        ("the run", f"{job.train.steps:,} steps, {job.train.steps * found['tokens']:,} tokens, {scaled(job.train.steps * found['flops'])}FLOP"),
     ]
     return [f"{name:<14}{text}" for name, text in rows]

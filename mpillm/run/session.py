@@ -1,15 +1,17 @@
 """From a job to a model that stands on its ranks; from its parameters to a checkpoint's tensors, and back."""
 
+import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
 
 from ..backend import open_backend
-from ..config import UserError, job_from_dict, read_job
+from ..config import UserError, job_from_dict, job_to_dict, read_job
 from ..layout.mesh import Mesh, sizes_of
 from ..model.transformer import Shape, Transformer
 from ..layout.agreement import on_root
-from ..store.checkpoint import open_checkpoint, resolve
+from ..store.checkpoint import load_named
 from ..store.hyperslab import Entry
 
 TYPES = {"float32": np.float32, "float64": np.float64}
@@ -25,9 +27,16 @@ class Session(NamedTuple):
 
 def shared_job(path, overrides, group):
     """The job of a file, read and checked by rank 0 alone, on every rank."""
-    from ..config import job_to_dict
     values = on_root(group, UserError, f"{path}: reading", lambda: job_to_dict(read_job(path, overrides)))
     return job_from_dict(values, str(path))
+
+
+def open_device(name):
+    """The backend of a device, with the threads of this rank (OMP_NUM_THREADS, which `launch` set where the user did not)."""
+    ops = open_backend(name)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    ops.set_threads(int(threads) if threads.isdigit() and int(threads) else 1)
+    return ops
 
 
 def check_vocabulary(job, vocabulary):
@@ -50,7 +59,7 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
         The job's device when None.
     """
     check_vocabulary(job, vocabulary)
-    ops = ops or open_backend(job.run.device)
+    ops = ops or open_device(job.run.device)
     model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
                         job.train.recompute if recompute is None else recompute)
     model.place(mesh, job.mesh.zero)
@@ -78,12 +87,6 @@ def gather_loaded(model, moments):
                 bucket.gather(moment)
 
 
-def load_weights(model, checkpoint, group, ops):
-    """Fills the model's values from a checkpoint."""
-    checkpoint.load(entries(model, moments=False), group, ops)
-    gather_loaded(model, moments=False)
-
-
 def open_model(path, group, precision=None):
     """The model of a CHECKPOINT on a command line, data-parallel over all ranks.
 
@@ -98,12 +101,15 @@ def open_model(path, group, precision=None):
     -------
     Session, Checkpoint, bytes of tokenizer.json
     """
-    checkpoint = open_checkpoint(resolve(path, group), group)
-    values = checkpoint.manifest["job"]
-    values = values | {"mesh": {"dp": group.size, "zero": 0}}
-    if precision:
-        values["precision"] = {"compute": precision}
-    job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
-    session = build(job, Mesh(group, sizes_of(job.mesh, group.size)), job.model.vocabulary, recompute="none")
-    load_weights(session.model, checkpoint, group, session.ops)
-    return session, checkpoint, checkpoint.files("tokenizer.json")
+    ops, opened = open_device("cpu"), {}
+
+    def make_entries(checkpoint):
+        values = checkpoint.manifest["job"] | {"mesh": {"dp": group.size, "zero": 0}}
+        if precision:
+            values["precision"] = {"compute": precision}
+        job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
+        opened["session"] = build(job, Mesh(group, sizes_of(job.mesh, group.size)), job.model.vocabulary, ops, recompute="none")
+        return entries(opened["session"].model, moments=False)
+    checkpoint = load_named(path, make_entries, group, ops, lambda line: print(line, file=sys.stderr))
+    gather_loaded(opened["session"].model, moments=False)
+    return opened["session"], checkpoint, checkpoint.files("tokenizer.json")

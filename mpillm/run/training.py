@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 
 from ..config import UserError, job_to_dict
-from ..store.checkpoint import load_newest, open_checkpoint, resolve, save
+from ..store.checkpoint import load_named, load_newest, save
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer, validation_loss
 from .ending import FINISHED, STOPPED, WRONG_NUMBERS
 from .resume import changes
-from .session import entries, gather_loaded, load_weights
+from .session import entries, gather_loaded
 
 SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
 
@@ -75,9 +75,8 @@ class Training:
             self._resume(checkpoint)
             return
         if self.job.train.start:
-            start = open_checkpoint(resolve(self.job.train.start, self.group), self.group)
-            self._check_tokenizer(start)
-            load_weights(self.model, start, self.group, self.ops)
+            start = load_named(self.job.train.start, self._weights_for, self.group, self.ops, self.progress.note)
+            gather_loaded(self.model, moments=False)
             self.progress.note(f"weights of {start.directory}, step {start.step}")
         else:
             self.model.initialize()
@@ -88,6 +87,10 @@ class Training:
         self._check_tokenizer(checkpoint)
         changes(checkpoint.manifest["job"], self.job, checkpoint.directory)
         return entries(self.model, moments=True)
+
+    def _weights_for(self, checkpoint):
+        self._check_tokenizer(checkpoint)
+        return entries(self.model, moments=False)
 
     def _check_tokenizer(self, checkpoint):
         found = checkpoint.manifest["tokenizer"]
@@ -124,7 +127,7 @@ class Training:
             if skips == SKIPS_IN_A_ROW:
                 last = "there is no checkpoint" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
                 return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; {last}")
-            self._between_steps(stopping)
+            self._between_steps(stopping, result.skipped)
         if self.saved_step != self.step:
             self.save()
         if self.step < steps:
@@ -132,12 +135,12 @@ class Training:
         self.validate()
         return self._end(FINISHED, "all steps are done")
 
-    def _between_steps(self, stopping):
+    def _between_steps(self, stopping, skipped):
         """Validation and checkpoint where they are due; the last ones belong to the end of the run."""
         train, every = self.job.train, self.job.checkpoint.every
         if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
             self.validate()
-        if every and self.step % every == 0:
+        if every and self.step % every == 0 and not skipped:     # numbers that went wrong must not push out good ones
             self.save()
 
     def _end(self, code, reason):

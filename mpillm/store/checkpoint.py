@@ -64,13 +64,13 @@ class Checkpoint:
             if stored is None:
                 raise UserError(f"{self.directory}: has no tensor {entry.name!r} among its {len(self.tensors)}; is it of another model?")
             if stored["shape"] != list(entry.shape):
-                raise UserError(f"{self.directory}: {entry.name!r} has shape {stored['shape']}, the job needs {list(entry.shape)}")
+                raise UserError(f"{self.directory}: {entry.name!r} has shape {stored['shape']}, the job needs {list(entry.shape)}; set [model] to that checkpoint's sizes")
         hashes = read_state(self.directory / manifests.STATE, entries, group, backend)
         hashes, copies = _sum_over_ranks(hashes, entries, group)
         for entry, found, count in zip(entries, hashes, copies):
             expected = int(self.tensors[entry.name]["hash"], 16) * count % 2**64
             if found != expected:
-                raise DamagedCheckpoint(f"{self.directory}: {entry.name!r} is damaged: its data is not what was saved (hash differs)")
+                raise DamagedCheckpoint(f"{self.directory}: {entry.name!r} is damaged: its data is not what was saved (hash differs); use an older checkpoint")
 
 
 def _sum_over_ranks(hashes, entries, group):
@@ -184,7 +184,9 @@ def newest_valid(checkpoints_dir, group, report=lambda line: None):
     passed over. Raises `DamagedCheckpoint` if there are checkpoints but none is valid: a job must not start anew
     over the remains of an old one without being told.
     """
-    return _first(checkpoints_dir, group, report, lambda checkpoint: checkpoint)
+    names = on_root(group, UserError, f"{checkpoints_dir}: listing",
+                    lambda: [path.name for path in step_directories(checkpoints_dir)])
+    return _first([Path(checkpoints_dir) / name for name in names], group, report, lambda checkpoint: checkpoint)
 
 
 def load_newest(checkpoints_dir, make_entries, group, backend, report=lambda line: None):
@@ -197,30 +199,46 @@ def load_newest(checkpoints_dir, make_entries, group, backend, report=lambda lin
     report : callable
         As in `newest_valid`, which also tells what is raised.
     """
+    names = on_root(group, UserError, f"{checkpoints_dir}: listing",
+                    lambda: [path.name for path in step_directories(checkpoints_dir)])
+    return _first([Path(checkpoints_dir) / name for name in names], group, report, _loader(make_entries, group, backend))
+
+
+def load_named(path, make_entries, group, backend, report=lambda line: None):
+    """As `load_newest`, of what `path` of a command line means: a step directory, or the newest of a run that proves whole.
+
+    Raises `UserError` where `path` means no checkpoint.
+    """
+    paths = on_root(group, UserError, f"{path}: looking for a checkpoint", lambda: [str(found) for found in _named(Path(path))])
+    load = _loader(make_entries, group, backend)
+    if len(paths) == 1:
+        return load(open_checkpoint(paths[0], group))
+    return _first([Path(found) for found in paths], group, report, load)
+
+
+def _loader(make_entries, group, backend):
     def load(checkpoint):
         checkpoint.load(make_entries(checkpoint), group, backend)
         return checkpoint
-    return _first(checkpoints_dir, group, report, load)
+    return load
 
 
-def _first(checkpoints_dir, group, report, use):
+def _first(directories, group, report, use):
     """The first checkpoint, newest first, that opens and that `use` takes without finding damage."""
-    names = on_root(group, UserError, f"{checkpoints_dir}: listing",
-                    lambda: [path.name for path in step_directories(checkpoints_dir)])
-    for name in names:
+    for directory in directories:
         try:
-            return use(open_checkpoint(Path(checkpoints_dir) / name, group))
+            return use(open_checkpoint(directory, group))
         except DamagedCheckpoint as error:
             if group.rank == 0:
                 report(f"checkpoint passed over: {error}")
-    if names:
-        raise DamagedCheckpoint(f"{checkpoints_dir}: none of its {len(names)} checkpoints is valid; "
+    if directories:
+        raise DamagedCheckpoint(f"{directories[0].parent}: none of its {len(directories)} checkpoints is valid; "
                                 "restore one, or move them away to start anew")
     return None
 
 
 def resolve(path, group):
-    """The step directory that `path` of a command line means: itself, or the newest valid one of a run. Collective.
+    """The step directory that `path` of a command line means: itself, or the newest of a run whose structure is whole. Collective.
 
     Raises `UserError` for anything else, Hugging Face directories included.
     """
@@ -228,24 +246,30 @@ def resolve(path, group):
 
 
 def _resolve(path):
+    directories = _named(path)
+    for directory in directories[:-1]:
+        try:
+            check_directory(directory)
+            return directory
+        except DamagedCheckpoint:
+            continue
+    return directories[-1]
+
+
+def _named(path):
+    """The step directories that `path` means, newest first; at least one."""
     wanted = "give a run directory, its checkpoints directory, or a step directory"
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}; {wanted}")
     if (path / manifests.NAME).exists():
-        return path
+        return [path]
     if STEP_DIRECTORY.fullmatch(path.name):
         raise UserError(f"{path}: has no {manifests.NAME}, so it is not a complete checkpoint; {wanted}")
     for directory in (path / "checkpoints", path):
-        candidates = step_directories(directory)
-        for candidate in candidates:
-            try:
-                check_directory(candidate)
-                return candidate
-            except DamagedCheckpoint:
-                continue
-        if candidates:
-            raise UserError(f"{directory}: none of its {len(candidates)} checkpoints is valid")
+        found = step_directories(directory)
+        if found:
+            return found
     if (path / "config.json").exists() or any(path.glob("*.safetensors")):
         raise UserError(f"{path}: is a Hugging Face directory; those are not read yet: {wanted}")
     raise UserError(f"{path}: holds no checkpoint; {wanted}")

@@ -14,13 +14,19 @@ from .tokenfile import FORMAT, TokenFile
 
 
 def check_output(path, group, overwrite):
-    """Refuses a `path` that exists, before work is done for it; makes its folder. Collective."""
+    """Refuses a `path` that exists, or that cannot be made, before work is done for it. Collective."""
     def check():
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder; expected the name of a token file, such as {os.path.join(path, 'tokens.h5')}")
         if os.path.lexists(path) and not overwrite:
             raise UserError(f"{path}: exists already; give another name, or --overwrite")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder):
+            raise UserError(f"{path}: {folder} is a file, not a folder; give another name")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: nothing may be written into {folder}; give another name")
     on_root(group, UserError, f"{path}: looking at it", check)
 
 
@@ -74,7 +80,7 @@ def write_token_file(path, part, tokenizer, group, overwrite=False, parallel=Non
             yield "tokens", start, tokens
             start += tokens.size
     try:
-        offsets = on_root(group, UserError, f"{temporary}: creating it", lambda: create(temporary, layout, attributes))
+        offsets = on_root(group, UserError, f"{temporary}: creating it", lambda: _create(temporary, layout, attributes))
         if parallel:
             _write_parallel(temporary, slabs, group)
         else:
@@ -84,6 +90,11 @@ def write_token_file(path, part, tokenizer, group, overwrite=False, parallel=Non
         if group.rank == 0 and os.path.exists(temporary):
             os.unlink(temporary)
     return num_tokens, num_documents
+
+
+def _create(path, layout, attributes):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    return create(path, layout, attributes)
 
 
 def sources_hash(values, first, group):

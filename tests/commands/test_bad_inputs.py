@@ -241,7 +241,7 @@ bad("corpus-gzip-cut-short", "prepare corpus.jsonl.gz new.h5", "corpus.jsonl.gz:
     before=data("corpus.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 50)[:-20]))
 bad("output-exists", "prepare texts train.h5", "train.h5: exists already", "--overwrite")
 bad("output-is-a-folder", "prepare texts runs", "runs: is a folder", "runs/tokens.h5")
-bad("output-below-a-file", "prepare texts job.toml/new.h5", "job.toml/new.h5", "File exists")
+bad("output-below-a-file", "prepare texts job.toml/new.h5", "job.toml/new.h5", "is a file, not a folder")
 bad("validation-exists", "prepare texts new.h5 --validation val.h5", "val.h5: exists already", "--overwrite")
 bad("validation-is-output", "prepare texts new.h5 --validation ./new.h5", "same file", "two names")
 bad("share-without-validation", "prepare texts new.h5 --share 0.1", "--share 0.1 without --validation", "name the file")
