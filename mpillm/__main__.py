@@ -80,6 +80,9 @@ def start(argv):
         if launch.rank() == 0:
             sys.stdout.write(arguments)
         return 0
+    if argv[0] == "train":
+        from .run.signals import listen_early
+        listen_early()
     prepare_threads()
     all_ranks()  # from here on an error on one rank can end the others
     return module.run(arguments) or 0

@@ -97,7 +97,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: int = option("steps between checkpoints; 0: only at the end", 0, at_least=0)
+    every: int = option("steps between checkpoints; 0: only at the end, a killed run then loses all", 100, at_least=0)
     keep: int = option("newest checkpoints kept", 2, at_least=2)
 
 
@@ -279,16 +279,15 @@ def job_to_dict(job):
 
 
 def job_to_toml(job):
-    """The job as a job file, each field with its comment."""
+    """The job as a job file, each field with its comment; those left out stand in comments of their own."""
     lines = []
     for section in dataclasses.fields(job):
         lines.append(f"[{section.name}]")
         part = getattr(job, section.name)
         for item in dataclasses.fields(part):
             value = getattr(part, item.name)
-            if value is not None:
-                text = f"{item.name} = {_toml(value)}"
-                lines.append(f"{text:<32}# {item.metadata['doc']}")
+            text = f"# {item.name} =" if value is None else f"{item.name} = {_toml(value)}"
+            lines.append(f"{text:<31} # {item.metadata['doc']}")
         lines.append("")
     return "\n".join(lines)
 

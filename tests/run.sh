@@ -28,6 +28,10 @@ done
 jobs/setup.sh --test $peers --prefix "$venv" ${mpi[@]+"${mpi[@]}"} || exit
 . "$venv/bin/activate"
 . jobs/environment.sh
+if [ -n "$peers" ] && ! python -c "import torch, transformers" 2>/dev/null; then
+  echo "mpillm: error: tests/run.sh: PyTorch and transformers could not be installed, so tests/peers cannot run; --no-peers leaves them out" >&2
+  exit 1
+fi
 color=no
 if [ -t 1 ]; then color=yes; fi
 export OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1

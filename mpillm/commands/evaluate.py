@@ -38,7 +38,7 @@ def _evaluate(session, path, checkpoint, arguments):
 
     file = TokenFile(path, session.mesh.world)
     if file.tokenizer_hash != checkpoint.manifest["tokenizer"]:
-        raise UserError(f"{path}: its tokenizer ({file.tokenizer_hash[:12]}) is not the model's ({checkpoint.manifest['tokenizer'][:12]}); "
+        raise UserError(f"{path}: its tokenizer ({str(file.tokenizer_hash)[:12]}) is not the model's ({str(checkpoint.manifest['tokenizer'])[:12]}); "
                         f"prepare the file with --tokenizer {checkpoint.directory}/tokenizer.json")
     context = session.model.shape.context
     count, windows = validation_windows(file, context, arguments.samples or file.num_tokens)

@@ -7,12 +7,12 @@ import numpy as np
 from ..config import UserError
 
 
-def one_line(error):
-    """The text of an exception without line breaks; its type too where the text is not made for users."""
+def one_line(error, *plain):
+    """The text of an exception without line breaks; its type too where the text is not made for users, as that of `plain` types is."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    return text if isinstance(error, (OSError, UserError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (OSError, UserError, *plain)) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def agreed(group, kind, what):
     if failed == group.size:
         return
     name, is_ours, is_file, text = group.share(
-        [type(error).__name__, isinstance(error, (UserError, kind)), isinstance(error, OSError), one_line(error)] if error else None,
+        [type(error).__name__, isinstance(error, (UserError, kind)), isinstance(error, OSError), one_line(error, kind)] if error else None,
         root=failed)
     if is_ours:
         kinds = {known.__name__: known for known in (kind, UserError, *UserError.__subclasses__())}

@@ -27,7 +27,7 @@ from .launcher import launched
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
-SUM_TAG, GATHER_TAG = 1, 2   # messages of reductions
+FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of reductions (MPI guarantees tags up to 32767)
 RECORD_LENGTH = 256         # calls that the flight recorder remembers
 
 recorder = collections.deque(maxlen=RECORD_LENGTH)  # Call entries of this process, newest last
@@ -202,7 +202,7 @@ class Group:
     def __init__(self, handle, name="world", synchronize=lambda: None):
         from mpi4py import MPI
         self.mpi, self.handle, self.name, self.synchronize = MPI, handle, name, synchronize
-        self.rank, self.size = handle.Get_rank(), handle.Get_size()
+        self.rank, self.size, self._tag = handle.Get_rank(), handle.Get_size(), FIRST_TAG
 
     def _begin(self, operation, array):
         self.synchronize()
@@ -222,11 +222,14 @@ class Group:
 
     def all_reduce_start(self, x):
         """Starts the sum of `x` over the ranks, in place; `x` is not to be touched until `wait()`."""
+        if not x.flags.c_contiguous:
+            raise ValueError("communication needs a contiguous array")
         flat = x.reshape(-1)
         counts = [cut(flat.size, self.size, rank)[1] for rank in range(self.size)]
         own = part_of(flat, counts, self.rank)
-        pending = self.reduce_scatter_start(flat, counts, own)
-        pending.stages.append(lambda: self._exchange(lambda rank: own, lambda rank: part_of(flat, counts, rank), GATHER_TAG))
+        pending = self.reduce_scatter_start(flat, counts, own, "all_reduce")
+        tag = self._next_tag()
+        pending.stages.append(lambda: self._exchange(lambda rank: own, lambda rank: part_of(flat, counts, rank), tag))
         return pending
 
     def reduce_scatter(self, x, counts):
@@ -235,16 +238,16 @@ class Group:
         self.reduce_scatter_start(x, counts, out).wait()
         return out
 
-    def reduce_scatter_start(self, x, counts, out):
+    def reduce_scatter_start(self, x, counts, out, operation="reduce_scatter"):
         """Starts the sum of flat `x` (sum of `counts` elements); `out` gets this rank's part, of which it may be a view.
 
         Every rank sends every other its part and adds what it gets in the order of ranks: as few bytes as a
         reduce-scatter can do with, sums that do not depend on timing, and 16-bit floats travel as such. MPI's own
         Ireduce_scatter took 4 times as long (Open MPI 5.0, 28 MB, 2 ranks).
         """
-        call = self._begin("reduce_scatter", x)
+        call = self._begin(operation, x)
         parts = [part_of(x, counts, self.rank) if rank == self.rank else np.empty(counts[self.rank], x.dtype) for rank in range(self.size)]
-        requests = self._exchange(lambda rank: part_of(x, counts, rank), lambda rank: parts[rank], SUM_TAG)
+        requests = self._exchange(lambda rank: part_of(x, counts, rank), lambda rank: parts[rank], self._next_tag())
 
         def add_up():
             total = parts[0].astype(np.float32 if is_half(x) else x.dtype)
@@ -252,6 +255,11 @@ class Group:
                 total += part
             out[...] = total
         return Pending(requests, call, [add_up], kept=x)
+
+    def _next_tag(self):
+        """A tag for the messages of one call: ranks start calls in the same order, but may drive them on in any."""
+        self._tag = FIRST_TAG + (self._tag + 1 - FIRST_TAG) % NUM_TAGS
+        return self._tag
 
     def _exchange(self, sent, received, tag):
         """Starts sending `sent(rank)` to every other rank and receiving `received(rank)` from it; the requests."""

@@ -21,6 +21,7 @@ MEMORY_LIMIT = 8 << 30    # bytes of address space of the child that looks into 
 SECONDS_LIMIT = 300       # time it may take, a slow shared file system included
 ALIGNMENT = 4096          # bytes; datasets of 16 pages and more start on a page of the file
 METADATA_BLOCK = 1 << 18  # bytes that HDF5 sets aside at once, so that metadata stays together
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)   # of the library, on a damaged file
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -46,25 +47,29 @@ def ask_apart(module, work, path, question, refusal):
     work : callable
         Question and answer are JSON-able; a `UserError` of it is an objection to the file.
     refusal : exception type
-        What objections are raised as.
+        What a crash is raised as; objections keep their kind.
     """
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run([sys.executable, "-P", "-m", module, os.fspath(path)], input=json.dumps(question).encode(),
-                               capture_output=True, env=environment, timeout=SECONDS_LIMIT, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise refusal(f"{path}: reading its HDF5 structure took over {SECONDS_LIMIT} s; is its file system in order?") from error
-    except OSError:  # no new process may be started here
-        return work(path, question)
-    if -child.returncode in (signal.SIGKILL, signal.SIGXCPU):      # says nothing about the file
-        raise RuntimeError(f"{path}: the process that looked into it was ended by signal {-child.returncode}: no memory or time left on this node?")
+    for _ in range(2):      # an ending that says nothing about the file (a killed child, no memory) is asked again
+        try:
+            child = subprocess.run([sys.executable, "-P", "-m", module, os.fspath(path)], input=json.dumps(question).encode(),
+                                   capture_output=True, env=environment, timeout=SECONDS_LIMIT, check=False,
+                                   start_new_session=True)      # signals that ask the job to stop are not for the child
+        except subprocess.TimeoutExpired as error:
+            raise refusal(f"{path}: reading its HDF5 structure took over {SECONDS_LIMIT} s; is its file system in order?") from error
+        except OSError:  # no new process may be started here
+            return work(path, question)
+        if child.returncode == 0 or -child.returncode in CRASHES:
+            break
+    if -child.returncode in CRASHES:
+        raise refusal(f"{path}: damaged: HDF5 crashed on reading its structure (signal {-child.returncode}); restore it or make it again")
     if child.returncode:
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise refusal(f"{path}: damaged: reading its HDF5 structure ended with code {child.returncode} ({last or 'crashed'}); restore it or make it again")
+        raise RuntimeError(f"{path}: the process that looks into the file ended with code {child.returncode} ({last or 'nothing said'})")
     reply = json.loads(child.stdout)
     if "objection" in reply:
-        raise refusal(reply["objection"])
+        raise (refusal if reply["kind"] == refusal.__name__ else UserError)(reply["objection"])
     return reply["answer"]
 
 
@@ -76,7 +81,7 @@ def answer_apart(work):
     try:
         reply = {"answer": work(sys.argv[1], json.load(sys.stdin))}
     except UserError as error:
-        reply = {"objection": str(error)}
+        reply = {"objection": str(error), "kind": type(error).__name__}
     print(json.dumps(reply))
 
 
@@ -184,9 +189,11 @@ def reserve(descriptor, path):
     if fallocate is None:
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if fallocate(descriptor, 0, 0, os.fstat(descriptor).st_size):
+    while fallocate(descriptor, 0, 0, os.fstat(descriptor).st_size):
         number = ctypes.get_errno()
-        if number not in UNSUPPORTED:
+        if number in UNSUPPORTED:
+            return
+        if number != errno.EINTR:       # a signal, such as the request to stop
             raise OSError(number, os.strerror(number), os.fspath(path))
 
 

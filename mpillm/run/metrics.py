@@ -8,6 +8,7 @@ key `event`. SI units. JSON has no NaN and no infinity: such a number is written
 import json
 import math
 import os
+import sys
 
 KEYS = ("step", "loss", "validation_loss", "grad_norm", "rate", "tokens", "seconds", "tokens_per_second", "flop_share",
         "memory_bytes", "skipped")
@@ -49,7 +50,7 @@ class Metrics:
     """
 
     def __init__(self, path, group):
-        self.path, self.active, self.descriptor = path, group.rank == 0, None
+        self.path, self.active, self.descriptor, self.silent = path, group.rank == 0, None, False
 
     def _open(self):
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -76,8 +77,13 @@ class Metrics:
             if self.descriptor is None:
                 self._open()
             data = json.dumps(plain(values), allow_nan=False).encode() + b"\n"
-            while data:  # one write, unless the disk takes only a part
-                data = data[os.write(self.descriptor, data):]
+            try:
+                while data:  # one write, unless the disk takes only a part
+                    data = data[os.write(self.descriptor, data):]
+            except OSError as error:  # a full disk is no reason to end the run: the next checkpoint will tell
+                if not self.silent:
+                    print(f"mpillm: {self.path}: a line was lost: {error.strerror}", file=sys.stderr)
+                self.silent = True
 
     def sync(self):
         """Makes what was written survive a crash of the machine."""

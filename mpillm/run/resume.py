@@ -16,6 +16,19 @@ SAID = {
 }
 
 
+def check_model(before, job, where):
+    """Refuses a job whose model is not the one of the job `before`."""
+    _refuse(before, job_to_dict(job), ("model",), where, "set it to that, or start from another checkpoint")
+
+
+def _refuse(before, after, sections, where, remedy="set it back, or use another run.name to start anew"):
+    for section in sections:
+        for key in REFUSED[section]:
+            old, new = before.get(section, {}).get(key), after[section].get(key)
+            if old != new:
+                raise UserError(f"{section}.{key} = {new} in the job, {old} in the checkpoint {where}; {remedy}")
+
+
 def changes(before, job, where):
     """Lines that tell what the job changes against the checkpoint.
 
@@ -34,12 +47,7 @@ def changes(before, job, where):
         The model's shape, the seed or the optimizer differ.
     """
     after = job_to_dict(job)
-    for section, keys in REFUSED.items():
-        for key in keys:
-            old, new = before.get(section, {}).get(key), after[section].get(key)
-            if old != new:
-                raise UserError(f"{section}.{key} = {new} in the job, {old} in the checkpoint {where}; "
-                                "set it back, or use another run.name to start anew")
+    _refuse(before, after, REFUSED, where)
     lines = []
     for section, keys in SAID.items():
         for key in keys:

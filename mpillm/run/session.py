@@ -87,6 +87,14 @@ def gather_loaded(model, moments):
                 bucket.gather(moment)
 
 
+def check_manifest(checkpoint):
+    """Refuses a checkpoint whose manifest lacks what a run records."""
+    kinds = {"job": dict, "tokenizer": (str, type(None)), "samples": int, "tokens": int, "cursor": dict, "changes": list}
+    for key, kind in kinds.items():
+        if key not in checkpoint.manifest or not isinstance(checkpoint.manifest[key], kind):
+            raise UserError(f"{checkpoint.directory}: its manifest has no {key!r}; expected a checkpoint that `mpillm train` wrote")
+
+
 def open_model(path, group, precision=None):
     """The model of a CHECKPOINT on a command line, data-parallel over all ranks.
 
@@ -104,6 +112,7 @@ def open_model(path, group, precision=None):
     ops, opened = open_device("cpu"), {}
 
     def make_entries(checkpoint):
+        check_manifest(checkpoint)
         values = checkpoint.manifest["job"] | {"mesh": {"dp": group.size, "zero": 0}}
         if precision:
             values["precision"] = {"compute": precision}

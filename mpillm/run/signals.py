@@ -3,7 +3,7 @@
 | signal | does |
 |---|---|
 | SIGUSR1 | save and stop |
-| SIGTERM | the same, except under Open MPI's mpirun, which kills within a second of it |
+| SIGTERM | the same, except under Open MPI's mpirun, which kills within a second of it (and of Ctrl-C): signal it USR1 |
 | SIGINT (Ctrl-C) | the first one stops after this step, with a checkpoint; the second at once |
 | SIGUSR2 | writes the stacks of all threads to standard error and goes on |
 
@@ -22,6 +22,14 @@ from . import launch
 CODES = ("", "SIGUSR1", "SIGTERM", "Ctrl-C", "the time limit", "a file named stop", "the program")
 LOOK = 2.0              # seconds between looks for the file `stop`
 MARGIN = 5.0            # seconds kept back before the time limit, beside two steps and two saves
+
+
+early = []              # reasons to stop that came before there was a StopFlag
+
+
+def listen_early():
+    """From now on SIGUSR1 is kept for the StopFlag to come: by default it would end a process that is only starting."""
+    signal.signal(signal.SIGUSR1, lambda *_: early.append("SIGUSR1"))
 
 
 class StopFlag:
@@ -102,6 +110,8 @@ class StopFlag:
         """Installs the handlers; only the main thread of a process can."""
         if threading.current_thread() is not threading.main_thread():
             return
+        for reason in early:
+            self.request(reason)
         self._handle(signal.SIGUSR1, lambda *_: self.request("SIGUSR1"))
         if not launch.ends_on_terminate():
             self._handle(signal.SIGTERM, lambda *_: self.request("SIGTERM"))

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ..config import UserError, job_to_dict
 from ..store.checkpoint import load_named, load_newest, save
+from ..store.errors import SaveFailed
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer, validation_loss
 from .ending import FINISHED, STOPPED, WRONG_NUMBERS
-from .resume import changes
-from .session import entries, gather_loaded
+from .resume import changes, check_model
+from .session import check_manifest, entries, gather_loaded
 
 SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
 
@@ -61,7 +62,7 @@ class Training:
         buckets = self.model.buckets
         self.trainer = Trainer(self.ops, self.model, Gradients(self.ops, buckets), AdamW(self.ops, buckets, self.job.optimizer),
                                self.mesh, self.job)
-        self.step = self.samples = 0        # done so far
+        self.step = self.samples = self.tokens = 0      # done so far, on all ranks
         self.saved_step = None              # step of the newest checkpoint
         self.changes = []                   # lines of every resume that changed the job
         self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
@@ -90,19 +91,21 @@ class Training:
 
     def _weights_for(self, checkpoint):
         self._check_tokenizer(checkpoint)
+        check_model(checkpoint.manifest["job"], self.job, checkpoint.directory)
         return entries(self.model, moments=False)
 
     def _check_tokenizer(self, checkpoint):
+        check_manifest(checkpoint)
         found = checkpoint.manifest["tokenizer"]
         if found != self.data.tokenizer_hash:
-            raise UserError(f"data.train: the tokenizer ({self.data.tokenizer_hash[:12]}) is not the one of {checkpoint.directory} "
+            raise UserError(f"data.train: the tokenizer ({str(self.data.tokenizer_hash)[:12]}) is not the one of {checkpoint.directory} "
                             f"({str(found)[:12]}); use token files prepared with that checkpoint's tokenizer.json")
 
     def _resume(self, checkpoint):
         gather_loaded(self.model, moments=True)
         manifest = checkpoint.manifest
         self.step = self.saved_step = checkpoint.step
-        self.samples = manifest["samples"]
+        self.samples, self.tokens = manifest["samples"], manifest["tokens"]
         self.source = Continued(self.data.batches(manifest["cursor"]))
         lines = changes(manifest["job"], self.job, checkpoint.directory) + self.source.batches.messages
         self.changes = manifest["changes"] + [f"step {self.step}: {line}" for line in lines]
@@ -141,7 +144,11 @@ class Training:
         if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
             self.validate()
         if every and self.step % every == 0 and not skipped:     # numbers that went wrong must not push out good ones
-            self.save()
+            try:
+                self.save()
+            except SaveFailed as error:     # of all ranks alike; the next one may find room, the last one has to
+                self.progress.note(f"step {self.step}: no checkpoint: {error}")
+                self.metrics.event("checkpoint failed", step=self.step, reason=str(error))
 
     def _end(self, code, reason):
         """Says and records how the run ended."""
@@ -158,8 +165,9 @@ class Training:
         self.step += 1
         self.samples += self.job.train.batch
         tokens = self.job.train.batch * self.job.model.context
+        self.tokens += tokens
         line = {"step": self.step, "loss": result.loss, "grad_norm": result.grad_norm, "rate": result.rate,
-                "tokens": self.samples * self.job.model.context, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                "tokens": self.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
                 "flop_share": self.model.flops_per_token() * tokens / seconds / (self.gemm_rate * self.group.size),
                 "skipped": result.skipped}
         self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
@@ -180,7 +188,7 @@ class Training:
         """A checkpoint of the step just done."""
         started = time.monotonic()
         manifest = {"kind": "state", "job": job_to_dict(self.job), "mesh": self.mesh.sizes, "tokenizer": self.data.tokenizer_hash,
-                    "samples": self.samples, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
+                    "samples": self.samples, "tokens": self.tokens, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
                     {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops, self.job.checkpoint.keep)
         self.saved_step = self.step

@@ -14,7 +14,7 @@ from ..config import UserError
 from ..layout.agreement import agreed, on_root
 from ..layout.comm import Group, Solo
 from . import manifest as manifests
-from .directory import STEP_DIRECTORY, give_up, prepare, publish, step_directories, tidy
+from .directory import STEP_DIRECTORY, give_up, prepare, publish, set_aside, step_directories, tidy
 from .errors import DamagedCheckpoint, SaveFailed
 from .hyperslab import read_state, slab_hash, verify_written, write_state
 from .structure import check_structure_apart
@@ -192,6 +192,8 @@ def newest_valid(checkpoints_dir, group, report=lambda line: None):
 def load_newest(checkpoints_dir, make_entries, group, backend, report=lambda line: None):
     """The newest checkpoint that loads and proves whole, loaded; None where there is none. Collective.
 
+    Newer ones that did not are renamed: they count no longer, neither for the next resume nor among those kept.
+
     Parameters
     ----------
     make_entries : callable
@@ -201,7 +203,14 @@ def load_newest(checkpoints_dir, make_entries, group, backend, report=lambda lin
     """
     names = on_root(group, UserError, f"{checkpoints_dir}: listing",
                     lambda: [path.name for path in step_directories(checkpoints_dir)])
-    return _first([Path(checkpoints_dir) / name for name in names], group, report, _loader(make_entries, group, backend))
+    paths = [Path(checkpoints_dir) / name for name in names]
+    found = _first(paths, group, report, _loader(make_entries, group, backend))
+    if found:
+        passed_over = paths[:paths.index(found.directory)]
+        for line in on_root(group, UserError, f"{checkpoints_dir}: setting damaged checkpoints aside", lambda: set_aside(passed_over)):
+            if group.rank == 0:
+                report(line)
+    return found
 
 
 def load_named(path, make_entries, group, backend, report=lambda line: None):

@@ -130,6 +130,19 @@ def tidy(directory, newest, keep):
             kept += 1
 
 
+def set_aside(paths):
+    """Renames damaged checkpoints to names that nobody takes for checkpoints; lines that tell where they are."""
+    lines = []
+    for path in paths:
+        aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+        try:
+            os.rename(path, aside)
+            lines.append(f"set aside as {aside.name}; delete it when you have looked at it")
+        except OSError as error:
+            lines.append(f"{path}: cannot be set aside: {error.strerror}")
+    return lines
+
+
 def _has_manifest(path):
     try:
         return bool(manifests.read(path))

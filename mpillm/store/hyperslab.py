@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..layout.agreement import agreed, on_root, one_line
+from ..layout.agreement import agreed, on_root
 from ..layout.hdf5 import create, load_h5py, sync, write_all
 from ..layout.slab import Slab
-from .errors import DamagedCheckpoint, SaveFailed
+from .errors import DamagedCheckpoint, SaveFailed, unreadable
 
 TYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 PIECE = 64 << 20  # bytes of one write or comparison, about
@@ -198,7 +198,7 @@ def _open(path):
         with load_h5py().File(path, "r") as file:
             yield file
     except (OSError, KeyError, EOFError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {one_line(error)}") from error
+        raise unreadable(path, "cannot be read", error) from error
 
 
 def _read_entry(file, entry):

@@ -11,8 +11,7 @@ import os
 import re
 
 from ..config import UserError
-from ..layout.agreement import one_line
-from .errors import DamagedCheckpoint
+from .errors import DamagedCheckpoint, unreadable
 from .structure import regular_size
 
 FORMAT = 1
@@ -96,7 +95,7 @@ def read(directory):
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{directory}: has no {NAME}, so it is not a complete checkpoint") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: not a readable manifest: {one_line(error)}") from error
+        raise unreadable(path, "not a readable manifest", error) from error
     if stated != found:
         raise DamagedCheckpoint(f"{path}: was altered: its SHA-256 is {found[:12]}..., it states {str(stated)[:12]}...")
     if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
@@ -138,7 +137,7 @@ def read_file(directory, manifest, name):
     try:
         data = read_bounded(path, entry["bytes"])
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {one_line(error)}") from error
+        raise unreadable(path, "cannot be read", error) from error
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise DamagedCheckpoint(f"{path}: is not the file that the manifest describes (SHA-256 differs)")
     return data

@@ -10,9 +10,8 @@ import math
 import os
 import stat
 
-from ..layout.agreement import one_line
 from ..layout.hdf5 import answer_apart, ask_apart, load_h5py
-from .errors import DamagedCheckpoint
+from .errors import DamagedCheckpoint, unreadable
 
 DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3   # HDF5 numbers of the filters that every library has
 DEFLATE_RATIO = 1032     # the most that deflate can shrink anything
@@ -40,7 +39,7 @@ def check_structure(path, allowed):
             walk = _Walk(h5py, path, allowed, size)
             walk.group(h5py.h5g.open(file.id, b"/"), "")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        raise DamagedCheckpoint(f"{path}: not a readable state file: {one_line(error)}") from error
+        raise unreadable(path, "not a readable state file", error) from error
     missing = sorted(allowed.keys() - walk.found)
     if missing:
         raise DamagedCheckpoint(f"{path}: lacks {len(missing)} of the {len(allowed)} tensors of its manifest, such as {missing[0]!r}")

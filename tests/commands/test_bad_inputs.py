@@ -174,7 +174,8 @@ bad("all-checkpoints-damaged", "train job.toml run.name=done train.steps=6", "no
 # ---- weights to start from, checkpoints on the command line ---------------------------------------------------------
 
 bad("start-missing", "train job.toml train.start=runs/missing", "runs/missing: does not exist", "step directory")
-bad("start-of-another-model", "train job.toml train.start=runs/done model.width=16", "step-00000004", "has shape [257, 8]", "[257, 16]")
+bad("start-of-another-model", "train job.toml train.start=runs/done model.width=16", "model.width = 16", "8 in the checkpoint", "step-00000004")
+bad("start-of-fewer-layers", "train job.toml train.start=runs/done model.layers=3", "model.layers = 3", "in the checkpoint", "start from another")
 bad("start-damaged", "train job.toml train.start=runs/done/checkpoints/step-00000002", "step-00000002", "mlp.up.weight", "damaged",
     before=lambda place: damaged(place, 2))
 bad("start-from-hugging-face", "train job.toml train.start=hf", "hf: is a Hugging Face directory", "not read yet", before=hugging_face)

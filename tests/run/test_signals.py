@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.layout.comm import Solo
+from mpillm.run import signals
 from mpillm.run.signals import StopFlag
 
 LAUNCHERS = ("OMPI_", "PMI", "PMIX", "PRTE", "SLURM", "MPI_", "HYDRA", "PALS")
@@ -96,3 +97,15 @@ def test_one_rank_stops_all(group):
         stop.request("SIGUSR1")
     assert group.all_reduce(np.array([stop.local()]))[0] == 1.0
     assert stop.explain() == "SIGUSR1" and stop.agree()
+
+
+def test_a_request_before_there_is_a_flag_is_kept(monkeypatch):
+    monkeypatch.setattr(signals, "early", [])
+    old = signal.getsignal(signal.SIGUSR1)
+    try:
+        signals.listen_early()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopFlag(Solo()) as stop:
+            assert stop.requested and stop.reason == "SIGUSR1"
+    finally:
+        signal.signal(signal.SIGUSR1, old)

@@ -174,7 +174,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(group, shared_tmp, quic
     found, entries, reports = load_newest(shared_tmp, group, "both")
     assert found.step == 1
     assert_loaded(entries, 1)
-    assert len(reports) == 1 and "step-00000002" in reports[0] and "\n" not in reports[0]
+    assert len(reports) == 2 and "step-00000002" in reports[0] and "\n" not in reports[0]
+    assert reports[1].startswith("set aside as step-00000002.damaged-") and not newest.exists()
 
     def named():
         checkpoints.open_checkpoint(newest, group).load(entries_of(group, fill=False), group, BACKEND)

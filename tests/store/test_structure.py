@@ -1,13 +1,15 @@
 """Hostile state files: refused before any data is read, with one line, and never at the cost of the process."""
 
+import errno
 import os
-import signal
 import sys
 
 import numpy as np
 import pytest
 
+from mpillm.store import structure
 from mpillm.store.errors import DamagedCheckpoint
+from mpillm.config import UserError
 from mpillm.layout import hdf5
 from mpillm.layout.hdf5 import load_h5py
 from mpillm.store.structure import check_structure, check_structure_apart
@@ -162,15 +164,44 @@ def test_the_child_says_the_same(group, shared_tmp):
         check_structure_apart(path, ALLOWED)
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 11)", "sys.exit(3)", "raise ImportError('no h5py here')"])
-def test_a_child_that_dies_is_a_damaged_checkpoint(group, shared_tmp, monkeypatch, end):
+@pytest.mark.parametrize(("end", "error", "words"), [
+    ("os.kill(os.getpid(), 11)", DamagedCheckpoint, "crashed"),
+    ("sys.exit(3)", RuntimeError, "code 3"),
+    ("os.kill(os.getpid(), 9)", RuntimeError, "code -9"),
+    ("raise ImportError('no h5py here')", RuntimeError, "no h5py here")])
+def test_only_a_crash_of_the_child_is_damage(group, shared_tmp, monkeypatch, end, error, words):
     path = shared_tmp / f"{group.rank}.h5"
     write(path)
-    run = hdf5.subprocess.run
-    monkeypatch.setattr(hdf5.subprocess, "run", lambda command, **options: run(
-        [sys.executable, "-c", f"import os, sys; {end}"], **options))
-    with pytest.raises(DamagedCheckpoint, match=rf"code (-{signal.SIGSEGV.value}|3|1) \((crashed|ImportError: no h5py here)\)"):
+    run, calls = hdf5.subprocess.run, []
+
+    def other_child(command, **options):
+        calls.append(command)
+        return run([sys.executable, "-c", f"import os, sys; {end}"], **options)
+    monkeypatch.setattr(hdf5.subprocess, "run", other_child)
+    with pytest.raises(error, match=words):
         check_structure_apart(path, ALLOWED)
+    assert len(calls) == (1 if error is DamagedCheckpoint else 2)       # asked again before giving up
+
+
+def test_a_signal_to_the_group_of_processes_does_not_reach_the_child(group, shared_tmp, monkeypatch):
+    path = shared_tmp / f"{group.rank}.h5"
+    write(path)
+    run, sessions = hdf5.subprocess.run, []
+    monkeypatch.setattr(hdf5.subprocess, "run", lambda command, **options: sessions.append(options["start_new_session"]) or run(command, **options))
+    check_structure_apart(path, ALLOWED)
+    assert sessions == [True]
+
+
+def test_a_file_that_only_cannot_be_read_is_not_damaged(group, shared_tmp, monkeypatch):
+    path = shared_tmp / f"{group.rank}.h5"
+    write(path)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(structure, "regular_size", refuse)
+    with pytest.raises(UserError, match="not known to be damaged") as raised:
+        check_structure(path, ALLOWED)
+    assert not isinstance(raised.value, DamagedCheckpoint)
 
 
 def test_without_child_processes_the_check_runs_here(group, shared_tmp, monkeypatch):

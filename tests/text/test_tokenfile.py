@@ -206,7 +206,8 @@ def test_a_child_that_dies_is_a_damaged_file(tmp_path, monkeypatch, end, words):
     (tmp_path / "python").write_text(f"#!/bin/sh\n{end}\n")
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "python"))
-    assert words in raised(lambda: TokenFile(tmp_path / "a.h5"))
+    with pytest.raises(UserError if "SEGV" in end else RuntimeError, match=words):      # only a crash tells of the file
+        TokenFile(tmp_path / "a.h5")
     monkeypatch.setattr(hdf5.sys, "executable", str(tmp_path / "none"))
     assert TokenFile(tmp_path / "a.h5").num_tokens == 600
 
