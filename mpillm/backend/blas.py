@@ -1,7 +1,7 @@
 """The matrix product of the BLAS that NumPy itself has loaded, called by its C name.
 
-np.matmul has no beta, so `out += a @ b` would cost a temporary and a pass over it; and the attention kernel needs the
-addresses. Where no symbol is found (NumPy built on another BLAS), `find` returns None and NumPy's matmul serves.
+np.matmul has no beta, so `out += a @ b` would cost a temporary and a pass over it. Where no symbol is found (NumPy
+built on another BLAS), `find` returns None and NumPy's matmul serves.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ class Blas:
 
     Attributes
     ----------
-    addresses : dict, dtype -> address of its gemm
+    gemms : dict, dtype -> its gemm, a ctypes function
     bits : 32 or 64, the width of the library's integers
     """
 
     def __init__(self, library, pattern, bits):
         self.bits = bits
         integer = ctypes.c_int64 if bits == 64 else ctypes.c_int32
-        self.gemms, self.addresses = {}, {}
+        self.gemms = {}
         for dtype, letter in LETTERS.items():
             function = getattr(library, pattern.format(letter))
             number = ctypes.c_float if letter == "s" else ctypes.c_double
@@ -39,7 +39,6 @@ class Blas:
             function.argtypes = [ctypes.c_int] * 3 + [integer] * 3 + [number, pointer, integer, pointer, integer, number, pointer, integer]
             function.restype = None
             self.gemms[dtype] = function
-            self.addresses[dtype] = ctypes.cast(function, ctypes.c_void_p).value
 
     def matmul(self, a, b, out, accumulate):
         """out = a @ b (or +=) by one gemm call; False when the arrays do not fit one and nothing was done."""

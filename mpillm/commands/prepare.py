@@ -39,6 +39,7 @@ def run(arguments):
     import os
     import time
     from ..config import UserError
+    from ..layout.agreement import on_root
     from ..layout.comm import world
     from ..run.progress import bytes_text
     from ..text.corpus import open_corpus
@@ -58,6 +59,7 @@ def run(arguments):
     say(f"prepare: {corpus.name}: {len(corpus.files)} file{'s' * (len(corpus.files) != 1)}, {bytes_text(corpus.num_bytes)}", flush=True)
     tokenizer = _tokenizer(arguments.tokenizer, corpus, group, say)
     folder = os.path.dirname(arguments.out) or "."
+    on_root(group, UserError, f"{folder}: making the folder", lambda: os.makedirs(folder, exist_ok=True))     # the spool goes there
     encoded = encode_corpus(corpus, tokenizer, group, folder, _progress if group.rank == 0 else None)
     documents = _counts(encoded, corpus, group, say)
     share = (arguments.share or 0.05) if arguments.validation else 0.0

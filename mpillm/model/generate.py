@@ -10,7 +10,7 @@ from .batch import Batch
 
 class Sampling(NamedTuple):
     """How the next token is chosen from its logits."""
-    temperature: float = 0.0    # 0: the most likely token (greedy)
+    temperature: float = 0.0    # 0, or so small that scores overflow: the most likely token (greedy)
     top_k: int = 0              # keep the k most likely tokens; 0: all
     top_p: float = 1.0          # keep the fewest tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751)
     seed: int = 1
@@ -26,7 +26,8 @@ def choose(logits, sampling, number, position):
     number, position : int
         Prompt number and token position: the random number is a function of (seed, number, position) only.
     """
-    if sampling.temperature == 0.0:
+    largest = 2.0 * float(np.abs(logits).max())     # no difference of two logits is larger
+    if sampling.temperature == 0.0 or np.isinf(largest / sampling.temperature):
         return int(np.argmax(logits))       # ties go to the lower id
     scores = logits.astype(np.float64) / sampling.temperature
     order = np.argsort(-scores, kind="stable")

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from typing import NamedTuple
 
 from ..config import UserError
@@ -21,6 +22,7 @@ SEARCH = 2**16      # bytes behind a nominal cut in which a good place is looked
 HEAD = 2**12        # bytes in which a zero says that a file is not text
 # A cut of a text here leaves the tokens of both parts as they are: between two lines, else before a space.
 PLACES = (re.compile(rb"[!-~]\n(?=[!-~])"), re.compile(rb"[!-~](?= [!-~])"))
+CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error)      # what a damaged or cut .gz file raises
 
 
 class Piece(NamedTuple):
@@ -163,8 +165,8 @@ def _read_lines(file, piece, tally):
                 if text:
                     yield Fragment(text, _value(text.encode("utf-8", "replace"), 0), True, True)
                 position += len(line)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise UserError(f"{file.path}: cannot unpack: {error}") from None
+        except CORRUPT as error:
+            raise _not_unpacked(file.path, error) from None
 
 
 def _field(file, line, position, tally):
@@ -185,8 +187,12 @@ def _field(file, line, position, tally):
 def _unpack(handle, path):
     try:
         return gzip.decompress(handle.read())
-    except (EOFError, OSError) as error:
-        raise UserError(f"{path}: cannot unpack: {error}") from None
+    except CORRUPT as error:
+        raise _not_unpacked(path, error) from None
+
+
+def _not_unpacked(path, error):
+    return UserError(f"{path}: cannot unpack: {error}; make or copy the file again, or leave it out of the corpus")
 
 
 def _decode(data, tally):

@@ -119,6 +119,8 @@ def _list_defined(path, source):
     for key, kind in SOURCE_KEYS.items():
         if key in source and not isinstance(source[key], kind):
             raise UserError(f"{path}: {key} = {source[key]!r}: expected a {kind.__name__}")
+        if kind is list and not all(isinstance(item, str) for item in source.get(key, ())):
+            raise UserError(f"{path}: {key} = {source[key]!r}: expected a list of texts, such as [\"*.py\"]")
     if "path" not in source:
         raise UserError(f"{path}: a source without path; expected path = \"file, folder or glob\"")
     where = source["path"]

@@ -108,3 +108,11 @@ def test_tokens_come_with_their_probabilities(sampling, expected):
 def test_greedy_takes_the_lower_id_of_equals():
     assert choose(np.array([0.0, 3.0, 3.0, 1.0]), Sampling(), 0, 0) == 1
     assert choose(np.array([0.0, 3.0, 3.0], np.float32), Sampling(1e-3, top_k=1), 0, 0) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 2e-308, 1e-300])
+@pytest.mark.parametrize("logits", [[-2.0, 3.0, 1.0], [-4.0, -1.5, -3.0], [-1.7, 1.7, -1.7]], ids=str)
+def test_tiny_temperatures_are_greedy(temperature, logits):
+    for kind in (np.float32, np.float64):
+        assert choose(np.array(logits, kind), Sampling(temperature, top_p=0.9), 0, 0) == 1

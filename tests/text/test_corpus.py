@@ -98,7 +98,9 @@ def test_definitions(tmp_path):
                           '[[source]]\npath = "nowhere"\noptional = true\n')
     assert documents(definition)[0] == ["a.py", "b.txt"]
     for text, words in (("[[source]]\npaht = 'x'", "did you mean 'path'"), ("[[source]]\nfield = 'x'", "without path"), ("path = 'x'", "[[source]]"),
-                        ("[[source]]\npath = 1", "expected a str"), ("[[source", "not a TOML file")):
+                        ("[[source]]\npath = 1", "expected a str"), ("[[source", "not a TOML file"),
+                        ("[[source]]\npath = 'text'\ninclude = [1]", "include = [1]: expected a list of texts"),
+                        ("[[source]]\npath = 'text'\nexclude = ['a', {}]", "exclude = ['a', {}]: expected a list of texts")):
         definition.write_text(text)
         assert words in raised(lambda: list_files(str(definition)))
 
@@ -128,7 +130,12 @@ def test_mistakes(tmp_path):
     for line, words in (("{", "not JSON"), ("[1]", "a list"), ('{"txt": "a"}', "keys txt"), ('{"text": 1}', "no text under")):
         path.write_text(f'{{"text": "a"}}\n{line}\n')
         assert words in raised(lambda: documents(path)) and "byte 14" in raised(lambda: documents(path))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
-    assert "cannot unpack" in raised(lambda: documents(tmp_path / "b.jsonl.gz"))
-    (tmp_path / "c.txt.gz").write_bytes(b"not gzip")
-    assert "cannot unpack" in raised(lambda: documents(tmp_path / "c.txt.gz"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
+def test_damaged_gzip_files(tmp_path, name):
+    path, packed = tmp_path / name, gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(999)))
+    for data in (packed[:-9], b"not gzip", packed[:-8] + bytes(8), packed[:10] + b"\xff" * 40 + packed[50:]):     # cut, no gzip, wrong sum, wrong data
+        path.write_bytes(data)
+        line = raised(lambda: documents(path))
+        assert line.startswith(f"{path}: cannot unpack: ") and "leave it out of the corpus" in line

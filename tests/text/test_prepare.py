@@ -8,6 +8,7 @@ from text_files import opened, raised, shared_folder
 
 from mpillm.commands import prepare
 from mpillm.layout.comm import world
+from mpillm.text import encode
 
 pytestmark = pytest.mark.ranks
 
@@ -56,6 +57,18 @@ def test_what_was_left_out_is_said(capsys):
         assert run(texts, f"{folder}/a.h5") == 0 and opened(f"{folder}/a.h5").num_documents == 8
         printed = capsys.readouterr().out
         assert world().rank or ("left out 1 files" in printed and "1 places that are not UTF-8" in printed)
+
+
+def test_the_spool_goes_to_a_folder_that_is_made_for_it(monkeypatch):
+    monkeypatch.setattr(encode, "SPOOL_MEMORY", 100)
+    with shared_folder() as folder:
+        texts, out = write_texts(folder), f"{folder}/new/er/a.h5"
+        assert "no such file" in raised(lambda: run(f"{folder}/none", out))
+        assert "bpe:N or a tokenizer.json" in raised(lambda: run(texts, out, "--tokenizer", "bites"))
+        world().barrier()
+        assert not os.path.exists(f"{folder}/new")      # a refused corpus or tokenizer leaves none
+        world().barrier()
+        assert run(texts, out) == 0 and opened(out).num_documents == 60 and os.listdir(f"{folder}/new/er") == ["a.h5"]
 
 
 def test_mistakes():
