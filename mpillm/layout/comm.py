@@ -323,7 +323,7 @@ class Group:
         self.handle.Barrier()
         call.done()
 
-    # Small control values travel as JSON, so no rank ever evaluates another's pickle.
+    # Small control values travel as JSON, so no rank ever runs what another sent.
 
     def share(self, value, root=0):
         """The JSON-able `value` of rank `root`, on every rank."""

@@ -6,6 +6,7 @@ MPI is initialised only where a launcher started several ranks: some login nodes
 import os
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "FLUX_TASK_RANK")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE")
 
 
@@ -36,3 +37,8 @@ def launched(environ=os.environ):
     if size is None:
         return step_of_srun(environ) or first_number(RANK_VARIABLES, environ) is not None
     return size > 1
+
+
+def ends_on_terminate(environ=os.environ):
+    """Whether the launcher kills so soon after SIGTERM that nothing can be saved: Open MPI's mpirun (0.25 to 1 s)."""
+    return "OMPI_COMM_WORLD_SIZE" in environ

@@ -7,19 +7,12 @@ import os
 import re
 import time
 
-from ..layout.launcher import first_number, launched, rank, step_of_srun
+from ..layout.launcher import LOCAL_SIZE_VARIABLES, ends_on_terminate, first_number, launched, rank, step_of_srun
 
 STARTED = time.monotonic()  # seconds; this module is imported first, so it is the start of the process
 
-LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-
 DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_p",
            "slurmstepd", "palsd", "flux-shell")  # names as /proc shows them, at most 15 letters
-
-
-def ends_on_terminate(environ=os.environ):
-    """Whether the launcher kills so soon after SIGTERM that nothing can be saved: Open MPI's mpirun (0.25 to 1 s)."""
-    return "OMPI_COMM_WORLD_SIZE" in environ
 
 
 def job_id(environ=os.environ):
