@@ -46,6 +46,11 @@ class Model:
     vocabulary: int | None = option("tokens of the table (V); at least the tokenizer's; the tokenizer's when left out", None, at_least=1)
     rope_base: float = option("llama: base of the rotary angles", 10000.0, above=0.0)
     norm_epsilon: float = option("added to the variance in norms", 1e-5, above=0.0)
+    experts: int = option("llama: experts of each MLP (E), each of mlp_width; 0: a dense MLP", 0, at_least=0)
+    experts_per_token: int = option("experts that a token is sent to", 2, at_least=1)
+    shared_experts: int = option("experts that every token is sent to, beside the routed ones", 0, at_least=0)
+    balance_loss: float = option("coefficient of the load-balancing loss of the router", 0.01, at_least=0.0)
+    router_z_loss: float = option("coefficient of the z-loss of the router's logits", 0.001, at_least=0.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ class Mesh:
     cp: int | str = option("context-parallel ranks", 1, at_least=1)
     tp: int | str = option("tensor-parallel ranks", 1, at_least=1)
     ep: int = option("expert-parallel ranks, carved out of dp x cp", 1, at_least=1)
-    zero: int = option("what is split over replicas: 0 nothing, 1 optimizer state, 2 and gradients", 1, choices=(0, 1, 2))
+    zero: int = option("what is split over replicas: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights", 1, choices=(0, 1, 2, 3))
+    sequence: bool = option("split the tokens over tp too, between its matrix products", True)
+    cp_form: str = option("how context-parallel ranks see each other's keys", "ring", choices=("ring", "ulysses"))
+    schedule: str = option("order of micro-batches in the pipeline", "1f1b", choices=("gpipe", "1f1b", "interleaved", "zero_bubble"))
+    chunks: int = option("interleaved: parts of the model on each pipeline stage", 1, at_least=1)
+    stages: list | None = option("blocks of each part of the pipeline, in the order of the model; dealt by cost when left out", None)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Train:
     batch: int = option("sequences per optimizer step, all ranks", at_least=1)
     micro_batch: int | None = option("sequences per rank and pass; the rank's whole share when left out", None, at_least=1)
     seed: int = option("seed of weights, sample order and dropout", 1, at_least=0, below=2**63)
-    recompute: str = option("activations recomputed in backward", "none", choices=("none", "block"))
+    recompute: str = option("activations recomputed in backward", "none", choices=("none", "selective", "block"))
     start: str | None = option("weights to start from: a checkpoint", None)
     evaluate_every: int = option("steps between validation losses; 0: only at the end", 0, at_least=0)
     validation_samples: int = option("windows of the validation file that are read", 64, at_least=1)
@@ -170,6 +180,17 @@ def _override(values, text):
     section[parts[1]] = parsed
 
 
+def mesh_of(overrides):
+    """The [mesh] section that `mesh.key=value` overrides make, as plain values; nothing but mesh may be overridden."""
+    values = {}
+    for text in overrides:
+        _override(values, text)
+    for section in values:
+        if section != "mesh":
+            raise UserError(f"override of [{section}]: the rest of the job is that of the checkpoint; only mesh.key=value may be given")
+    return values.get("mesh", {})
+
+
 def job_from_dict(values, source):
     """The Job of a nested dict; `source` names the file in errors."""
     sections = {item.name: item.type for item in dataclasses.fields(Job)}
@@ -246,6 +267,12 @@ def _check(job, source):
         refuse(f"model.kv_heads={model.kv_heads}: the gpt family has as many key/value heads as heads; leave kv_heads out or use family = \"llama\"")
     if model.family == "llama" and model.width // model.heads % 2:
         refuse(f"model.width/model.heads = {model.width // model.heads}: rotary positions need an even head width; change heads or width")
+    if model.experts and model.family != "llama":
+        refuse(f"model.experts={model.experts}: the {model.family} family has dense MLPs only; use family = \"llama\" or experts = 0")
+    if model.shared_experts and not model.experts:
+        refuse(f"model.shared_experts={model.shared_experts} with model.experts=0: a dense MLP has no experts; set experts too")
+    if model.experts and model.experts_per_token > model.experts:
+        refuse(f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}; use 1 to {model.experts}")
     if len(optimizer.betas) != 2 or not all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in optimizer.betas):
         refuse(f"optimizer.betas = {optimizer.betas}: expected two numbers from 0 to below 1")
     for axis in ("dp", "pp", "cp", "tp"):
@@ -267,9 +294,6 @@ def _check_run(job, refuse):
             refuse("data.train is an empty table: expected {file = weight}")
     if job.precision.compute in ("bfloat16", "float16") and job.run.device == "cpu":
         refuse(f"precision.compute = {job.precision.compute!r} with run.device = \"cpu\": half precision is not computed on the CPU yet; use float32 or float64")
-    for axis in ("pp", "cp", "tp", "ep"):
-        if getattr(job.mesh, axis) != 1:
-            refuse(f"mesh.{axis}={getattr(job.mesh, axis)}: only data-parallel layouts are computed so far; use {axis} of 1 and dp = \"rest\"")
 
 
 def job_to_dict(job):

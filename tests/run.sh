@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment with the test extras, then runs the tests: those without ranks in one process, those marked
-# `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py). The last line is "N passed, N failed".
+# `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8 too. The last line is
+# "N passed, N failed".
 #   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too
 #     --no-peers   without PyTorch and transformers, so without tests/peers
@@ -11,16 +12,16 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root" || exit
 
-long=no peers=--peers ranks="1 2 3 4" venv=.venv mpi=() paths=()
+long=no peers=--peers ranks="1 2 3 4" matrix="6 8" venv=.venv mpi=() paths=()
 while [ $# -gt 0 ]; do
   case $1 in
     --long) long=yes ;;
     --no-peers) peers= ;;
-    --ranks) ranks=${2?--ranks needs numbers}; shift ;;
+    --ranks) ranks=${2?--ranks needs numbers} matrix=; shift ;;
     --mpi) mpi=(--mpi "${2:?--mpi needs a name}"); venv=.venv-$2; shift ;;
-    -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "mpillm: error: tests/run.sh: unknown option $1; see tests/run.sh --help" >&2; exit 2 ;;
-    *) paths+=("$1") ;;
+    *) paths+=("$1") matrix= ;;
   esac
   shift
 done
@@ -61,6 +62,9 @@ part() {
 part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" ${paths[@]+"${paths[@]}"}
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
+done
+for n in $matrix; do
+  part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" tests/train/test_matrix.py
 done
 
 printf '\n%s%s passed, %s failed\n' "$summary" "$passed" "$failed"

@@ -137,6 +137,9 @@ WRONG_VALUES = {
     "run.name=2024-01-01": ["run.name", "expected text"],
     "data.train=3": ["data.train = 3", "expected text or a table"],
     "mesh.dp=1.5": ["mesh.dp = 1.5", "expected a whole number or text"],
+    "mesh.ep=rest": ["mesh.ep = 'rest'", "expected a whole number"],
+    "mesh.stages=2": ["mesh.stages = 2", "expected a list"],
+    "mesh.sequence=1": ["mesh.sequence = 1", "expected true or false"],
     # bounds
     "train.steps=-1": ["train.steps = -1", "expected at least 0"],
     "train.batch=0": ["train.batch = 0", "expected at least 1", "sequences per optimizer step"],
@@ -152,10 +155,19 @@ WRONG_VALUES = {
     "checkpoint.keep=1": ["checkpoint.keep = 1", "expected at least 2"],
     "run.time_limit=0": ["run.time_limit = 0.0", "expected more than 0"],
     "mesh.dp=0": ["mesh.dp = 0", "expected at least 1"],
+    "mesh.tp=0": ["mesh.tp = 0", "expected at least 1"],
+    "mesh.pp=-1": ["mesh.pp = -1", "expected at least 1"],
+    "mesh.chunks=0": ["mesh.chunks = 0", "expected at least 1"],
+    "model.experts=-1": ["model.experts = -1", "expected at least 0"],
+    "model.experts_per_token=0": ["model.experts_per_token = 0", "expected at least 1"],
+    "model.balance_loss=-0.1": ["model.balance_loss = -0.1", "expected at least 0"],
     # choices
     "model.family=lama": ["model.family = 'lama'", "expected one of gpt, llama", "did you mean 'llama'?"],
-    "mesh.zero=3": ["mesh.zero = 3", "expected one of 0, 1, 2"],
-    "train.recompute=blocks": ["train.recompute = 'blocks'", "expected one of none, block", "did you mean 'block'?"],
+    "mesh.zero=4": ["mesh.zero = 4", "expected one of 0, 1, 2, 3"],
+    "mesh.schedule=zerobubble": ["mesh.schedule = 'zerobubble'", "expected one of gpipe, 1f1b, interleaved, zero_bubble",
+                                 "did you mean 'zero_bubble'?"],
+    "mesh.cp_form=rings": ["mesh.cp_form = 'rings'", "expected one of ring, ulysses", "did you mean 'ring'?"],
+    "train.recompute=blocks": ["train.recompute = 'blocks'", "expected one of none, selective, block", "did you mean 'block'?"],
     "precision.compute=fp32": ["precision.compute = 'fp32'", "expected one of float32, bfloat16"],
     "optimizer.rate_schedule=cos": ["optimizer.rate_schedule = 'cos'", "cosine, linear, constant_then_decay"],
     "run.device=gpus": ["run.device = 'gpus'", "did you mean 'gpu'?"],
@@ -168,10 +180,11 @@ WRONG_VALUES = {
     "optimizer.betas=[0.9, 1.0]": ["optimizer.betas", "expected two numbers"],
     'optimizer.betas=["a", 0.9]': ["optimizer.betas", "expected two numbers"],
     "mesh.dp=all": ["mesh.dp = 'all'", 'expected a whole number or "rest"'],
-    "mesh.tp=2": ["mesh.tp=2", "use tp of 1", 'dp = "rest"'],
-    "mesh.pp=2": ["mesh.pp=2", "use pp of 1"],
-    "mesh.pp=rest": ["mesh.pp=rest", "use pp of 1"],
-    "mesh.ep=2": ["mesh.ep=2", "use ep of 1"],
+    "mesh.tp=all": ["mesh.tp = 'all'", 'expected a whole number or "rest"'],
+    "mesh.pp=two": ["mesh.pp = 'two'", 'expected a whole number or "rest"'],
+    "mesh.cp=": ["mesh.cp = ''", 'expected a whole number or "rest"'],
+    "model.experts=1": ["model.experts_per_token=2 is more than model.experts=1", "use 1 to 1"],
+    "model.shared_experts=1": ["model.shared_experts=1 with model.experts=0", "set experts too"],
     'run.name=""': ["run.name = ''", "expected a plain folder name"],
     "run.name=../x": ["run.name = '../x'", "expected a plain folder name"],
     "run.name=a/b": ["run.name = 'a/b'", "expected a plain folder name"],
@@ -197,6 +210,18 @@ def test_a_wrong_value_gives_one_line_that_names_the_key_and_the_remedy(path, ov
     line = line_of(path, override)
     assert all(word in line for word in words), line
     assert "job.toml" in line or line.startswith("override")
+
+
+def test_experts_of_gpt_are_refused(path):
+    assert line_of(path, "model.family=gpt", "model.kv_heads=6", "model.experts=2").endswith(
+        'model.experts=2: the gpt family has dense MLPs only; use family = "llama" or experts = 0')
+
+
+@pytest.mark.parametrize("override", ["mesh.tp=2", "mesh.pp=rest", "mesh.cp=3", "mesh.ep=2", "mesh.zero=3", "mesh.stages=[1, 1]",
+                                      "train.recompute=selective"])
+def test_layouts_are_no_matter_of_the_job_file_alone(path, override):
+    """Whether a layout fits is known with the number of ranks (layout/compose.py)."""
+    read_job(path, [override])
 
 
 def test_an_override_into_what_is_no_section(path):

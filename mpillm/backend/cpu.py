@@ -65,6 +65,9 @@ class Cpu(Reference):
         self.note = "; ".join(line for line in (note, threads.slow_blas_note()) if line)
         self.blas = blas.find()
 
+    def return_freed_pages(self):
+        memory.return_freed_pages()
+
     def set_threads(self, num_threads):
         super().set_threads(num_threads)
         if self.kernels:
@@ -173,14 +176,27 @@ class Cpu(Reference):
         kernel(address(dy), *(value for x, stride in rows for value in (address(x), stride)), *gate.shape)
 
     def dropout(self, x, mask):
-        kernel = self.kernels.get(("dropout", x.dtype))
-        if kernel is None or not is_plain(x.dtype, x):
+        kernel, samples, positions = self.kernels.get(("dropout", x.dtype)), as_int64(mask.samples), as_int64(mask.positions)
+        if kernel is None or not is_plain(x.dtype, x) or not samples.shape == positions.shape == x.shape[:1]:
             return super().dropout(x, mask)
-        samples, positions = as_int64(mask.samples), as_int64(mask.positions)
         kernel(
             address(x), mask.key & MASK64, int(philox.keep_threshold(mask.rate)), 1.0 / (1.0 - mask.rate),
             mask.step & 0xFFFFFFFF, address(samples), address(positions), mask.first, *x.shape,
         )  # fmt: skip
+
+    def scale_rows(self, x, scale):
+        kernel = self.kernels.get(("scale_rows", x.dtype))
+        if kernel is None or not is_plain(x.dtype, x, scale):
+            return super().scale_rows(x, scale)
+        kernel(address(x), address(scale), *x.shape)
+
+    def row_dot(self, a, b):
+        kernel = self.kernels.get(("row_dot", a.dtype))
+        if kernel is None or not is_plain(a.dtype, a, b):
+            return super().row_dot(a, b)
+        y = np.empty(len(a), a.dtype)
+        kernel(address(y), address(a), address(b), *a.shape)
+        return y
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -194,7 +210,7 @@ class Cpu(Reference):
             return super().attention(q, k, v, scale, causal, dropout)
         sizes = np.array([batch, queries, keys, heads, kv_heads, width, causal], np.int64)
         strides = np.array(strides, np.int64)
-        dropped = probability_dropout(dropout)
+        dropped = probability_dropout(dropout, keys)
         kernel(
             address(out), address(lse), address(q), address(k), address(v), scale,
             address(sizes), address(strides), ctypes.addressof(dropped),
@@ -203,15 +219,23 @@ class Cpu(Reference):
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
         kernel = self.kernels.get(("attention_backward", q.dtype))
-        views = dout, q, k, v, out, dq, dk, dv
+        views, lse = (dout, q, k, v, out, dq, dk, dv), np.ascontiguousarray(lse)
         strides = [head_strides(x) for x in views]
         if kernel is None or None in strides or not is_plain(q.dtype, lse) or any(x.dtype != q.dtype for x in views):
             return super().attention_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, causal, dropout)
         sizes = np.array([*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], causal], np.int64)
         strides = np.array(strides, np.int64)
-        dropped = probability_dropout(dropout)
+        dropped = probability_dropout(dropout, k.shape[1])
         arrays = dout, q, k, v, out, lse, dq, dk, dv
         kernel(*map(address, arrays), scale, address(sizes), address(strides), ctypes.addressof(dropped))
+
+    def attention_merge(self, out, lse, part_out, part_lse):
+        kernel, views = self.kernels.get(("attention_merge", out.dtype)), (out, lse, part_out, part_lse)
+        strides = [head_strides(x if x.ndim == 4 else x[..., None]) for x in views]
+        if kernel is None or None in strides or any(x.dtype != out.dtype for x in views):
+            return super().attention_merge(out, lse, part_out, part_lse)
+        sizes, strides = np.array(out.shape, np.int64), np.array(strides, np.int64)
+        kernel(*map(address, views), address(sizes), address(strides))
 
     # -- vocabulary ---------------------------------------------------------------------------------------------
 
@@ -247,6 +271,14 @@ class Cpu(Reference):
         ids = as_int64(ids)
         kernel(address(dtable), stride, address(ids), address(dy), first, len(ids), *dtable.shape)
 
+    def add_rows(self, y, rows, x, scale=None):
+        kernel, stride = self.kernels.get(("add_rows", y.dtype)), row_stride(y, y.dtype)
+        arrays = (x,) if scale is None else (x, scale)
+        if kernel is None or stride is None or not is_plain(y.dtype, *arrays):
+            return super().add_rows(y, rows, x, scale)
+        rows = as_int64(rows)
+        kernel(address(y), stride, address(rows), address(x), None if scale is None else address(scale), len(rows), *y.shape)
+
     # -- optimizer, initialisation, checks ----------------------------------------------------------------------
 
     def adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
@@ -279,14 +311,14 @@ class Cpu(Reference):
         return kernel(address(array), stride * words, start, columns * words, len(array), array.shape[1] * words)
 
 
-def probability_dropout(mask):
-    """The dropout of attention for the kernels; the arrays live as long as the structure."""
+def probability_dropout(mask, keys):
+    """The dropout of attention over `keys` keys for the kernels; the arrays live as long as the structure."""
     if mask is None:
         return library.ProbabilityDropout()
     samples, positions = as_int64(mask.samples), as_int64(mask.positions)
     result = library.ProbabilityDropout(
         mask.key & MASK64, int(philox.keep_threshold(mask.rate)), 1.0 / (1.0 - mask.rate), mask.step & 0xFFFFFFFF,
-        address(samples), address(positions), mask.first,
+        address(samples), address(positions), mask.first, mask.first_key, keys if mask.keys is None else mask.keys,
     )  # fmt: skip
     result.arrays = samples, positions
     return result

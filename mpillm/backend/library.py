@@ -22,11 +22,15 @@ SIGNATURES = {
     "swiglu_backward": "ppipipipiii",
     "attention": "pppppdppp",
     "attention_backward": "pppppppppdppp",
-    "dropout": "puudwppiiii",
+    "attention_merge": "pppppp",
+    "dropout": "puudwppiii",
     "cross_entropy_stats": "pipipppii",
     "cross_entropy_gradient": "pipppiii",
     "embedding": "pppiiiii",
     "embedding_backward": "pippiiii",
+    "add_rows": "pipppiii",
+    "scale_rows": "ppii",
+    "row_dot": "pppii",
     "adamw": "ppppdddddddi",
     "square_sum": "pi",
     "normal": "piuuudii",
@@ -54,6 +58,8 @@ class ProbabilityDropout(ctypes.Structure):
         ("samples", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("first_head", ctypes.c_int64),
+        ("first_key", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
     ]
 
 

@@ -7,14 +7,26 @@ pool costs 5 us an array in Python and serves only what asks it; `mallopt` also 
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h> of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
 
 
 def keep_freed_pages():
     """Large arrays come from the heap, which is never given back to the system. Does nothing without glibc."""
+    _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def return_freed_pages():
+    """Large arrays go back to the system when they are freed: for layouts that trade time for memory.
+
+    With values that come and go (ZeRO 3, 124M weights, 4 ranks) the heap's holes cost 11 to 20 % more memory.
+    """
+    _set({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 4 << 20, M_TRIM_THRESHOLD: 64 << 20})
+
+
+def _set(options):
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    for option, value in options.items():
+        mallopt(option, value)

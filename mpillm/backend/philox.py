@@ -53,26 +53,30 @@ def keep_threshold(rate):
 
 
 def dropout_factors(mask, channels):
-    """0 for dropped elements and 1 / (1 - rate) for kept ones: (B, T, channels), float64."""
+    """0 for dropped elements and 1 / (1 - rate) for kept ones: (N, channels), float64."""
     first_block, last_block = mask.first // 4, (mask.first + channels + 3) // 4
-    samples = np.asarray(mask.samples)[:, None, None]
-    positions = np.asarray(mask.positions)[None, :, None]
-    blocks = np.arange(first_block, last_block)[None, None, :]
-    words = np.stack(philox4x32((mask.step, samples, positions, blocks), mask.key), axis=-1)  # (B, T, blocks, 4)
-    words = words.reshape(*words.shape[:2], -1)[:, :, mask.first % 4 :][:, :, :channels]
-    return np.where(words >= keep_threshold(mask.rate), 1.0 / (1.0 - mask.rate), 0.0)
+    samples = np.asarray(mask.samples)[:, None]
+    positions = np.asarray(mask.positions)[:, None]
+    words = philox4x32((mask.step, samples, positions, np.arange(first_block, last_block)), mask.key)
+    return factors_of_words(words, mask.rate, mask.first % 4, channels)
 
 
 def attention_dropout_factors(mask, heads, keys):
     """The same for attention probabilities: (B, heads, T, keys); every head has its own run of key blocks."""
-    key_blocks = (keys + 3) // 4
+    of_head = ((keys if mask.keys is None else mask.keys) + 3) // 4
     samples = np.asarray(mask.samples)[:, None, None, None]
     positions = np.asarray(mask.positions)[None, None, :, None]
-    first = (mask.first + np.arange(heads)) * key_blocks
-    blocks = first[None, :, None, None] + np.arange(key_blocks)
-    words = np.stack(philox4x32((mask.step, samples, positions, blocks), mask.key), axis=-1)
-    words = words.reshape(*words.shape[:3], -1)[..., :keys]
-    return np.where(words >= keep_threshold(mask.rate), 1.0 / (1.0 - mask.rate), 0.0)
+    heads = (mask.first + np.arange(heads))[None, :, None, None]
+    blocks = heads * of_head + np.arange(mask.first_key // 4, (mask.first_key + keys + 3) // 4)
+    words = philox4x32((mask.step, samples, positions, blocks), mask.key)
+    return factors_of_words(words, mask.rate, mask.first_key % 4, keys)
+
+
+def factors_of_words(words, rate, skip, count):
+    """Factors from four words a block, (..., blocks) each: (..., count) of the lanes from `skip` on, float64."""
+    lanes = np.stack(words, axis=-1)  # (..., blocks, 4)
+    lanes = lanes.reshape(*lanes.shape[:-2], 4 * lanes.shape[-2])[..., skip : skip + count]
+    return np.where(lanes >= keep_threshold(rate), 1.0 / (1.0 - rate), 0.0)
 
 
 def normal_rows(key, row, rows, column, num_columns):

@@ -1,6 +1,6 @@
 """Every operation of the backend in plain NumPy: the definition of what the kernels compute.
 
-Letters: N rows (tokens), C width, B batch, T queries, S keys, H heads, K kv heads, D head width, V vocabulary.
+Letters: N rows (tokens), C width, B batch, T queries, S keys, H heads, K kv heads, D head width, V vocabulary, E experts.
 Arrays are float32 or float64 with a contiguous last dimension unless said; arguments named like results
 (`out`, `dx`, `dweight`, ...) are written in place, weight gradients are added to.
 """
@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from mpillm.backend import philox, reference_attention
+from mpillm.backend import philox, reference_attention, reference_routing
 
 GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 GELU_CUBE = 0.044715
@@ -46,6 +46,9 @@ class Reference:
 
     def synchronize(self):
         """Waits for the device; the CPU has nothing to wait for."""
+
+    def return_freed_pages(self):
+        """From now on the memory of large arrays goes back to the system when they are freed, where that is not so already."""
 
     def set_threads(self, num_threads):
         """Threads of BLAS and of the kernels in this process."""
@@ -141,8 +144,8 @@ class Reference:
         dgate[...] = dy * up * s * (1.0 + gate * (1.0 - s))
 
     def dropout(self, x, mask):
-        """x (B, T, C) *= 0 or 1 / (1 - rate), in place; the same call on dy is the backward."""
-        x *= philox.dropout_factors(mask, x.shape[2]).astype(x.dtype)
+        """x (N, C) *= 0 or 1 / (1 - rate), in place; the same call on dy is the backward  (Srivastava et al. 2014)."""
+        x *= philox.dropout_factors(mask, x.shape[1]).astype(x.dtype)
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -151,8 +154,54 @@ class Reference:
         return reference_attention.attention(q, k, v, scale, causal, dropout)
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
-        """Writes dq, dk, dv (strided views of the shapes of q, k, v)."""
+        """Writes dq, dk, dv (strided views of the shapes of q, k, v).
+
+        With k, v a block of the keys, out and lse those of attention over all keys, these are the block's share of dq
+        and the whole of its dk, dv.
+        """
         reference_attention.attention_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, causal, dropout)
+
+    def attention_merge(self, out, lse, part_out, part_lse):
+        """out (B, T, H, D), lse (B, H, T) take in attention of the same queries over further keys, in place."""
+        reference_attention.attention_merge(out, lse, part_out, part_lse)
+
+    # -- mixture of experts -------------------------------------------------------------------------------------
+
+    def route(self, logits, k):
+        """The k experts of each token  (Jiang et al. 2024, arXiv:2401.04088, section 2.1).
+
+        Parameters
+        ----------
+        logits : (N, E)
+        k : int, at most E
+
+        Returns
+        -------
+        experts : (N, k) int64, by descending logit, ties to the lower number
+        weights : (N, k), softmax over the logits of the chosen
+        probabilities : (N, E), softmax over all
+        lse : (N,), log of the sum of exp(logits)
+        """
+        return reference_routing.route(logits, k)
+
+    def route_backward(self, dweights, dprobabilities, dlse, experts, weights, probabilities):
+        """dlogits (N, E) from dweights (N, k), dprobabilities (N, E) or None, dlse (N,) or None."""
+        return reference_routing.route_backward(dweights, dprobabilities, dlse, experts, weights, probabilities)
+
+    def add_rows(self, y, rows, x, scale=None):
+        """y (N, C)[rows[i]] += scale[i] x[i], i in order; rows (n,) int64, x (n, C), scale (n,) or None for 1.
+
+        The gather that belongs to it is `embedding(rows, y)`.
+        """
+        np.add.at(y, rows, x if scale is None else x * scale[:, None])
+
+    def scale_rows(self, x, scale):
+        """x (n, C) *= scale (n,)"""
+        x *= scale[:, None]
+
+    def row_dot(self, a, b):
+        """(n,): inner products of the rows of a and b (n, C)."""
+        return np.einsum("nc,nc->n", a, b)
 
     # -- vocabulary ---------------------------------------------------------------------------------------------
 
@@ -187,7 +236,7 @@ class Reference:
         exps[inside, targets[inside] - first] -= coefficient[inside]
 
     def embedding(self, ids, table, first=0):
-        """y (N, C): rows of table (V_local, C), which holds the ids first..; zeros for other ids."""
+        """y (N, C): rows of table (V_local, C), which holds the ids first..; zeros for other ids. Gathers any rows."""
         y = np.zeros((len(ids), table.shape[1]), table.dtype)
         inside = (ids >= first) & (ids < first + len(table))
         y[inside] = table[ids[inside] - first]

@@ -44,6 +44,20 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, causal, dropo
     dv[...] = gathered(np.matmul(dropped.swapaxes(-1, -2), dout_heads), kv_heads)
 
 
+def attention_merge(out, lse, part_out, part_lse):
+    """The online softmax over blocks of keys: weights exp(lse - new lse) of both, in place.
+
+    Milakov & Gimelshein 2018; between ranks: Liu et al. 2023, Ring Attention, arXiv:2310.01889.
+    """
+    with np.errstate(invalid="ignore"):
+        new = np.logaddexp(lse, part_lse)  # (B, H, T); -inf where neither has seen a key
+    finite = np.where(np.isneginf(new), 0.0, new).astype(lse.dtype)
+    old_share, part_share = (np.exp(x - finite).swapaxes(1, 2)[..., None] for x in (lse, part_lse))  # (B, T, H, 1)
+    out *= old_share
+    out += part_out * part_share
+    lse[...] = new
+
+
 def grouped_scores(q, k, scale, causal):
     """scale q k^T (B, H, T, S), -inf where a query does not see a key."""
     num_queries, num_keys = q.shape[1], k.shape[1]

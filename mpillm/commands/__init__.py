@@ -9,5 +9,6 @@ COMMANDS = {
     "train": "pretrain or fine-tune; resumes by itself",
     "evaluate": "loss and perplexity of a checkpoint on token files",
     "generate": "text from a checkpoint",
+    "verify": "this layout against one rank: loss and every gradient",
     "inspect": "what a checkpoint or token file holds, without loading it",
 }

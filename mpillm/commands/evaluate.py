@@ -3,6 +3,7 @@
 
 def add_arguments(parser):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory or a step directory")
+    parser.add_argument("overrides", metavar="mesh.key=value", nargs="*", default=[], help="another layout than data parallel, such as mesh.tp=2")
     parser.add_argument("--data", metavar="FILE", action="append", required=True, help="token file; may be given several times")
     parser.add_argument("--samples", type=int, default=0, help="windows of the model's context to read; 0: the whole file (default)")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows of one pass on a rank (default 8)")
@@ -11,7 +12,7 @@ def add_arguments(parser):
 
 
 def run(arguments):
-    from ..config import UserError
+    from ..config import UserError, mesh_of
     from ..layout.comm import world
     from ..run.session import open_model
 
@@ -19,7 +20,7 @@ def run(arguments):
         if value < least:
             raise UserError(f"--{name} {value}: expected at least {least}")
     group = world()
-    session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group, arguments.precision)
+    session, checkpoint, _ = open_model(arguments.checkpoint, group, arguments.precision, mesh_of(arguments.overrides))
     results = [_evaluate(session, path, checkpoint, arguments) for path in arguments.data]
     if group.rank == 0:
         _show(results, checkpoint, arguments.json)
@@ -43,7 +44,7 @@ def _evaluate(session, path, checkpoint, arguments):
     context = session.model.shape.context
     count, windows = validation_windows(file, context, arguments.samples or file.num_tokens)
     started = time.monotonic()
-    loss, tokens = validation_loss(session.ops, session.model, session.mesh, count, windows, arguments.micro_batch)
+    loss, tokens = validation_loss(session.ops, session.model, count, windows, arguments.micro_batch)
     return {"file": path, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens,
             "unigram": _unigram(windows, count, session.mesh["dp"]), "seconds": time.monotonic() - started}
 

@@ -13,6 +13,7 @@ def run(arguments):
 
     from ..config import UserError
     from ..layout.comm import world
+    from ..layout.compose import check_layout
     from ..layout.mesh import sizes_of
     from ..run.data import TrainingData
     from ..run.session import shared_job
@@ -25,6 +26,7 @@ def run(arguments):
     if job.model.vocabulary is None:
         job = replace(job, model=replace(job.model, vocabulary=data.vocabulary))
     sizes = sizes_of(job.mesh, arguments.ranks or group.size)
+    check_layout(job, sizes)
     if arguments.dry_run:
         if group.rank == 0:
             from ..run.plan import table

@@ -1,68 +1,54 @@
 """Every MPI call on an array, and nothing else touches MPI.
 
-A `Group` is the ranks along one axis of the mesh (or all of them); `Solo` is the same for one rank without MPI.
-Collectives come in adjoint pairs: if the forward of a layer uses the left one, its backward uses the right one.
+A `Group` is the ranks along one axis of the mesh (or all of them); `Solo` is the same for one rank without MPI
+(planned.py: for ranks that are only planned). Collectives come in adjoint pairs: if the forward of a layer uses the
+left one, its backward uses the right one.
 
 | forward | along the axis | backward |
 |---|---|---|
-| `use` (same -> same, each rank computes a part) | identity | `all_reduce` of the partial gradients |
+| identity (same -> same, each rank computes a part) | - | `all_reduce` of the partial gradients |
 | `all_reduce` (partial -> same) | sum | identity |
 | `gather` (split -> same, partial gradients) | all ranks' parts joined along a dim | `scatter_sum` |
 | `scatter_sum` (partial -> split) | sum, own part kept | `gather` |
 | `exchange` (split along one dim -> split along another) | all-to-all | `exchange` with the dims swapped |
+| `all_to_all` (rows to the ranks that work on them) | all-to-all | `all_to_all` with the counts swapped |
+| `shift_start` (every rank's block to the next one) | ring | `shift_start` of the gradients, the rest of the way round |
+| `send_start` | point to point | `receive` |
 
 Rules kept here: 16-bit floats are moved as raw words and reduced in float32 (MPI has no usable 16-bit sums);
 no call carries more than `MAX_COUNT` elements (Open MPI 5.0 refuses counts above 2^31 - 1); every call is
-entered in the flight recorder before it starts.
+entered in the journal before it starts.
 """
 
-import collections
 import json
+import math
 import os
-import time
 
 import numpy as np
 
+from .journal import JOURNAL
 from .launcher import launched
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
-FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of reductions (MPI guarantees tags up to 32767)
-RECORD_LENGTH = 256         # calls that the flight recorder remembers
-
-recorder = collections.deque(maxlen=RECORD_LENGTH)  # Call entries of this process, newest last
-_count = 0
+FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of started calls (MPI guarantees tags up to 32767)
 
 
-def part_of(flat, counts, rank):
-    """The part of `counts[rank]` elements that belongs to `rank`."""
-    start = sum(counts[:rank])
-    return flat[start:start + counts[rank]]
+def ranges_of(counts):
+    """What each rank has of a flat array, as `reduce_scatter_start` takes it: rank -> [(start, stop)]."""
+    ends = np.cumsum(counts).tolist()
+    return lambda rank: [(ends[rank] - counts[rank], ends[rank])]
 
 
-class Call:
-    """One call in the flight recorder."""
-    __slots__ = ("number", "group", "operation", "shape", "dtype", "started", "seconds")
-
-    def __init__(self, group, operation, array):
-        global _count
-        _count += 1
-        self.number, self.group, self.operation = _count, group, operation
-        self.shape, self.dtype = getattr(array, "shape", ()), str(getattr(array, "dtype", ""))
-        self.started, self.seconds = time.monotonic(), None
-        recorder.append(self)
-
-    def done(self):
-        self.seconds = time.monotonic() - self.started
-
-    def __str__(self):
-        state = "not finished" if self.seconds is None else f"{self.seconds:.6f} s"
-        return f"#{self.number} {self.operation} over {self.group} {list(self.shape)} {self.dtype}: {state}"
+def extent(ranges):
+    """Elements of a list of ranges."""
+    return sum(stop - start for start, stop in ranges)
 
 
-def last_calls(count=8):
-    """The newest `count` recorded calls as lines of text, newest last."""
-    return [str(call) for call in list(recorder)[-count:]]
+def in_messages(flat, ranges):
+    """The packed array of `ranges` as the pieces in which it arrives, one a range."""
+    ends = np.cumsum([stop - start for start, stop in ranges]).tolist()
+    return [flat[end - stop + start:end] for end, (start, stop) in zip(ends, ranges)]
 
 
 def is_half(array):
@@ -126,23 +112,30 @@ class Pending:
 
 class Solo:
     """The group of one rank: every method of `Group`, no MPI."""
-    rank, size, handle, name = 0, 1, None, "one rank"
+    rank, size, handle, name, journal = 0, 1, None, "one rank", JOURNAL
+    empty = staticmethod(np.empty)
+
+    def _begin(self, operation, x):
+        return self.journal.enter(self, operation, x, 0)
 
     def all_reduce(self, x, op="sum"):
         return x
 
     def all_reduce_start(self, x):
-        return Pending([], Call(self.name, "all_reduce", x))
+        return Pending([], self._begin("all_reduce", x))
 
     def reduce_scatter(self, x, counts):
         return x
 
-    def reduce_scatter_start(self, x, counts, out):
+    def reduce_scatter_start(self, x, ranges, out):
         out[...] = x
-        return Pending([], Call(self.name, "reduce_scatter", x))
+        return Pending([], self._begin("reduce_scatter", x))
 
     def all_gather(self, x, counts):
         return x
+
+    def all_gather_start(self, x, ranges):
+        return Pending([], self._begin("all_gather", x))
 
     def broadcast(self, x, root=0):
         return x
@@ -150,6 +143,10 @@ class Solo:
     def all_to_all(self, x, send_counts, receive_counts, out):
         out[...] = x
         return out
+
+    def shift_start(self, x, out):
+        out[...] = x
+        return Pending([], self._begin("shift", x))
 
     def send_start(self, x, to, tag=0):
         raise ValueError("a group of one rank has nobody to send to")
@@ -171,20 +168,8 @@ class Solo:
     def split(self, color, key, name):
         return self
 
-    use = staticmethod(lambda x: x)
     gather = scatter_sum = staticmethod(lambda x, dim, length, unit=1: x)
     exchange = staticmethod(lambda x, split_dim, joined_dim, split_length, joined_length: x)
-
-
-class Planned(Solo):
-    """A group that is only planned: it has a rank and a size, and its collectives do nothing."""
-    name = "planned ranks"
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
-
-    def reduce_scatter_start(self, x, counts, out):
-        return Pending([], Call(self.name, "reduce_scatter", x))
 
 
 class Group:
@@ -194,67 +179,104 @@ class Group:
     ----------
     handle : mpi4py.MPI.Comm
     name : str
-        Shown in the flight recorder and in messages.
+        Shown in the journal and in messages.
     synchronize : callable
         Waits for the device before its arrays are handed to MPI.
     """
+    empty = staticmethod(np.empty)
 
     def __init__(self, handle, name="world", synchronize=lambda: None):
         from mpi4py import MPI
-        self.mpi, self.handle, self.name, self.synchronize = MPI, handle, name, synchronize
+        self.mpi, self.handle, self.name, self.synchronize, self.journal = MPI, handle, name, synchronize, JOURNAL
         self.rank, self.size, self._tag = handle.Get_rank(), handle.Get_size(), FIRST_TAG
 
-    def _begin(self, operation, array):
+    def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
         self.synchronize()
-        return Call(self.name, operation, array)
+        return self.journal.enter(self, operation, array, sent, detail, peer, expected)
+
+    def _around(self, x):
+        """Bytes that a rank sends to have `x` summed: 2 (p - 1) / p of it (Thakur et al. 2005)."""
+        return 2 * (self.size - 1) * x.nbytes // self.size
+
+    # ---- reductions -----------------------------------------------------------------------------------------------
 
     def all_reduce(self, x, op="sum"):
         """Sum (or "max", "min") of `x` over the ranks, in place; returns `x`."""
-        call = self._begin(f"all_reduce {op}", x)
+        call = self._begin("all_reduce" if op == "sum" else f"all_reduce {op}", x, self._around(x), x.shape)
+        self._all_reduce(x, op)
+        call.done()
+        return x
+
+    def _all_reduce(self, x, op):
         operation = {"sum": self.mpi.SUM, "max": self.mpi.MAX, "min": self.mpi.MIN}[op]
         wide = x.astype(np.float32) if is_half(x) else x
         for part in chunks(wide):
             self.handle.Allreduce(self.mpi.IN_PLACE, part, operation)
         if wide is not x:
             x[...] = wide.astype(x.dtype)
-        call.done()
-        return x
 
     def all_reduce_start(self, x):
         """Starts the sum of `x` over the ranks, in place; `x` is not to be touched until `wait()`."""
+        return self._all_reduce_start(x, self._begin("all_reduce", x, self._around(x), x.shape))
+
+    def _all_reduce_start(self, x, call):
         if not x.flags.c_contiguous:
             raise ValueError("communication needs a contiguous array")
         flat = x.reshape(-1)
-        counts = [cut(flat.size, self.size, rank)[1] for rank in range(self.size)]
-        own = part_of(flat, counts, self.rank)
-        pending = self.reduce_scatter_start(flat, counts, own, "all_reduce")
+        ranges = ranges_of([cut(flat.size, self.size, rank)[1] for rank in range(self.size)])
+        own = flat[slice(*ranges(self.rank)[0])]
+        pending = self._reduce_scatter_start(flat, ranges, own, call)
         tag = self._next_tag()
-        pending.stages.append(lambda: self._exchange(lambda rank: own, lambda rank: part_of(flat, counts, rank), tag))
+        pending.stages.append(lambda: self._exchange(lambda rank: [own], lambda rank: [flat[slice(*ranges(rank)[0])]], tag))
         return pending
 
     def reduce_scatter(self, x, counts):
         """Sum of flat `x` over the ranks; this rank gets its part of `counts[rank]` elements, in a new array."""
-        out = np.empty(counts[self.rank], x.dtype)
-        self.reduce_scatter_start(x, counts, out).wait()
+        out = self.empty((counts[self.rank],), x.dtype)
+        self.reduce_scatter_start(x, ranges_of(counts), out).wait()
         return out
 
-    def reduce_scatter_start(self, x, counts, out, operation="reduce_scatter"):
-        """Starts the sum of flat `x` (sum of `counts` elements); `out` gets this rank's part, of which it may be a view.
+    def reduce_scatter_start(self, x, ranges, out):
+        """Starts the sum of flat `x`; `out` gets this rank's part of it, of which it may be a view.
 
         Every rank sends every other its part and adds what it gets in the order of ranks: as few bytes as a
         reduce-scatter can do with, sums that do not depend on timing, and 16-bit floats travel as such. MPI's own
         Ireduce_scatter took 4 times as long (Open MPI 5.0, 28 MB, 2 ranks).
+
+        Parameters
+        ----------
+        x : flat array
+            Not to be touched until `wait()`.
+        ranges : callable
+            rank -> list of (start, stop): the elements of `x` that the rank gets, one after the other in its `out`.
         """
-        call = self._begin(operation, x)
-        parts = [part_of(x, counts, self.rank) if rank == self.rank else np.empty(counts[self.rank], x.dtype) for rank in range(self.size)]
-        requests = self._exchange(lambda rank: part_of(x, counts, rank), lambda rank: parts[rank], self._next_tag())
+        call = self._begin("reduce_scatter", x, x.nbytes - out.nbytes, self._parts(x, ranges))
+        return self._reduce_scatter_start(x, ranges, out, call)
+
+    def _reduce_scatter_start(self, x, ranges, out, call):
+        pieces = lambda rank: [x[start:stop] for start, stop in ranges(rank)]
+        size = extent(ranges(self.rank))
+        parts = [None if rank == self.rank else self.empty((size,), x.dtype) for rank in range(self.size)]
+        requests = self._exchange(pieces, lambda rank: in_messages(parts[rank], ranges(self.rank)), self._next_tag())
 
         def add_up():
-            total = parts[0].astype(np.float32 if is_half(x) else x.dtype)
-            for part in parts[1:]:
-                total += part
-            out[...] = total
+            apart = not (is_half(x) or np.may_share_memory(x, out))
+            total = out if apart else self.empty((size,), np.float32 if is_half(x) else x.dtype)
+            total[...] = 0
+            for rank in range(self.size):
+                if rank != self.rank:
+                    total += parts[rank]
+                    parts[rank] = None
+                    continue
+                for target, piece in zip(in_messages(total, ranges(rank)), pieces(rank)):
+                    target += piece
+            if not apart:
+                out[...] = total
         return Pending(requests, call, [add_up], kept=x)
+
+    def _parts(self, x, ranges):
+        """What all ranks must see alike of a call on the parts `ranges` of `x`."""
+        return x.size
 
     def _next_tag(self):
         """A tag for the messages of one call: ranks start calls in the same order, but may drive them on in any."""
@@ -262,33 +284,48 @@ class Group:
         return self._tag
 
     def _exchange(self, sent, received, tag):
-        """Starts sending `sent(rank)` to every other rank and receiving `received(rank)` from it; the requests."""
+        """Starts sending the arrays `sent(rank)` to every other rank and receiving into those of `received(rank)`; the requests."""
         requests = []
         for distance in range(1, self.size):
             source, to = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            requests += [self.handle.Irecv(part, source, tag) for part in chunks(raw(received(source)))]
-            requests += [self.handle.Isend(part, to, tag) for part in chunks(raw(sent(to)))]
+            requests += [self.handle.Irecv(part, source, tag) for array in received(source) for part in chunks(raw(array))]
+            requests += [self.handle.Isend(part, to, tag) for array in sent(to) for part in chunks(raw(array))]
         return requests
+
+    # ---- moving ---------------------------------------------------------------------------------------------------
 
     def all_gather(self, x, counts):
         """Fills flat `x` with all ranks' parts; this rank's part is already in its place. Returns `x`."""
-        call = self._begin("all_gather", x)
+        call = self._begin("all_gather", x, (self.size - 1) * counts[self.rank] * x.itemsize, tuple(counts))
+        self._all_gather(x, counts)
+        call.done()
+        return x
+
+    def _all_gather(self, x, counts):
         words = raw(x)
         if x.size <= MAX_COUNT:
             kind = self.mpi._typedict[words.dtype.char]
             self.handle.Allgatherv(self.mpi.IN_PLACE, [words, list(counts), kind])
-        else:
-            start = 0
-            for root, count in enumerate(counts):
-                for part in chunks(words[start:start + count]):
-                    self.handle.Bcast(part, root)
-                start += count
-        call.done()
-        return x
+            return
+        start = 0
+        for root, count in enumerate(counts):
+            for part in chunks(words[start:start + count]):
+                self.handle.Bcast(part, root)
+            start += count
+
+    def all_gather_start(self, x, ranges):
+        """Starts filling flat `x` with all ranks' parts, `ranges` as in `reduce_scatter_start`; this rank's is in its place."""
+        call = self._begin("all_gather", x, (self.size - 1) * extent(ranges(self.rank)) * x.itemsize, self._parts(x, ranges))
+        return self._all_gather_start(x, ranges, call)
+
+    def _all_gather_start(self, x, ranges, call):
+        own = [x[start:stop] for start, stop in ranges(self.rank)]
+        requests = self._exchange(lambda rank: own, lambda rank: [x[start:stop] for start, stop in ranges(rank)], self._next_tag())
+        return Pending(requests, call, kept=x)
 
     def broadcast(self, x, root=0):
         """`x` of rank `root` on every rank, in place; returns `x`."""
-        call = self._begin("broadcast", x)
+        call = self._begin("broadcast", x, x.nbytes if self.rank == root else 0, (root, x.shape))
         for part in chunks(raw(x)):
             self.handle.Bcast(part, root)
         call.done()
@@ -298,25 +335,44 @@ class Group:
         """Flat `x` in pieces of `send_counts` to each rank; flat `out` gets pieces of `receive_counts`."""
         if max(x.size, out.size) > MAX_COUNT:
             raise ValueError(f"all_to_all of {max(x.size, out.size)} elements: at most {MAX_COUNT}; use smaller micro-batches")
-        call = self._begin("all_to_all", x)
-        words, target = raw(x), raw(out)
-        kind = self.mpi._typedict[words.dtype.char]
-        self.handle.Alltoallv([words, list(send_counts), kind], [target, list(receive_counts), kind])
+        call = self._begin("all_to_all", x, (x.size - send_counts[self.rank]) * x.itemsize)
+        self._all_to_all(x, send_counts, receive_counts, out)
         call.done()
         return out
 
+    def _all_to_all(self, x, send_counts, receive_counts, out):
+        words, target = raw(x), raw(out)
+        kind = self.mpi._typedict[words.dtype.char]
+        self.handle.Alltoallv([words, list(send_counts), kind], [target, list(receive_counts), kind])
+
+    def shift_start(self, x, out):
+        """Starts sending `x` to the next rank (the last one's next is the first) and receiving `out` from the one before."""
+        return self._shift_start(x, out, self._begin("shift", x, x.nbytes, expected=out.size))
+
+    def _shift_start(self, x, out, call):
+        tag, source, to = self._next_tag(), (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        requests = [self.handle.Irecv(part, source, tag) for part in chunks(raw(out))]
+        requests += [self.handle.Isend(part, to, tag) for part in chunks(raw(x))]
+        return Pending(requests, call, kept=(x, out))
+
     def send_start(self, x, to, tag=0):
-        """Starts sending `x` to rank `to`; keep `x` until `wait()`."""
-        call = self._begin(f"send to {to}", x)
-        return Pending([self.handle.Isend(part, to, tag) for part in chunks(raw(x))], call)
+        """Starts sending `x` to rank `to`; `x` is not to be touched until `wait()`."""
+        call = self._begin("send", x, x.nbytes, tag, f"to {to}")
+        return Pending(self._send(x, to, tag), call, kept=x)
+
+    def _send(self, x, to, tag):
+        return [self.handle.Isend(part, to, tag) for part in chunks(raw(x))]
 
     def receive(self, x, source, tag=0):
         """`x` from rank `source`; blocks. Returns `x`."""
-        call = self._begin(f"receive from {source}", x)
-        for part in chunks(raw(x)):
-            self.handle.Recv(part, source, tag)
+        call = self._begin("receive", x, 0, tag, f"from {source}")
+        self._receive(x, source, tag)
         call.done()
         return x
+
+    def _receive(self, x, source, tag):
+        for part in chunks(raw(x)):
+            self.handle.Recv(part, source, tag)
 
     def barrier(self):
         call = self._begin("barrier", None)
@@ -356,17 +412,14 @@ class Group:
             return Solo()
         return Group(handle, name, self.synchronize)
 
-    # The adjoint pairs of layers (table at the top of this file).
-
-    def use(self, x):
-        return x
+    # ---- the adjoint pairs of layers (table at the top of this file) ----------------------------------------------
 
     def gather(self, x, dim, length, unit=1):
         """The parts of all ranks joined along `dim`, whose whole extent is `length`; adjoint: `scatter_sum`."""
         parts = np.moveaxis(x, dim, 0)
-        others = parts.shape[1:]
-        counts = [cut(length, self.size, rank, unit)[1] * int(np.prod(others)) for rank in range(self.size)]
-        whole = np.empty((length,) + others, x.dtype)
+        row = math.prod(parts.shape[1:])
+        counts = [cut(length, self.size, rank, unit)[1] * row for rank in range(self.size)]
+        whole = self.empty((length,) + parts.shape[1:], x.dtype)
         start, size = cut(length, self.size, self.rank, unit)
         whole[start:start + size] = parts
         self.all_gather(whole.reshape(-1), counts)
@@ -375,10 +428,10 @@ class Group:
     def scatter_sum(self, x, dim, length, unit=1):
         """The sum over the ranks, of which this rank keeps its part along `dim`; adjoint: `gather`."""
         whole = np.ascontiguousarray(np.moveaxis(x, dim, 0))
-        others = whole.shape[1:]
+        row = math.prod(whole.shape[1:])
         extents = [cut(length, self.size, rank, unit)[1] for rank in range(self.size)]
-        part = self.reduce_scatter(whole.reshape(-1), [extent * int(np.prod(others)) for extent in extents])
-        return np.ascontiguousarray(np.moveaxis(part.reshape((extents[self.rank],) + others), 0, dim))
+        part = self.reduce_scatter(whole.reshape(-1), [each * row for each in extents])
+        return np.ascontiguousarray(np.moveaxis(part.reshape((extents[self.rank],) + whole.shape[1:]), 0, dim))
 
     def exchange(self, x, split_dim, joined_dim, split_length, joined_length):
         """From split along `joined_dim` to split along `split_dim`; adjoint: the same with the two swapped.
@@ -394,7 +447,7 @@ class Group:
             shape[split_dim] = cuts[self.rank][1]
             shape[joined_dim] = cut(joined_length, self.size, rank)[1]
             shapes.append(shape)
-        sizes = [int(np.prod(shape)) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         out = np.empty(sum(sizes), x.dtype)
         self.all_to_all(np.concatenate([p.reshape(-1) for p in pieces]), [p.size for p in pieces], sizes, out)
         ends = np.cumsum(sizes)

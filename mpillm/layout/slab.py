@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 
 def cut(length, parts, index, unit=1):
     """Block `index` of `length` elements cut into `parts`: whole units, the remainder to the first blocks.
@@ -58,3 +60,29 @@ class Slab(NamedTuple):
         starts[dim] += start
         shape[dim] = size
         return Slab(tuple(starts), tuple(shape))
+
+
+def sizes_of_cut(length, parts, unit=1):
+    """The sizes of all blocks of `cut`: (parts,) int array."""
+    units, remainder = divmod(length // unit, parts)
+    sizes = np.full(parts, units * unit, np.int64)
+    sizes[:remainder] += unit
+    return sizes
+
+
+def token_ranges(length, parts, index, form="ring"):
+    """Which tokens of a sequence context-parallel rank `index` of `parts` holds.
+
+    "ring": blocks `index` and `2 parts - 1 - index` of twice as many blocks as ranks, so that all ranks have as much
+    to do under a causal mask (zig-zag; Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2).
+    "ulysses": one block.
+
+    Returns
+    -------
+    tuple of (start, size), ascending; sizes may be zero where the sequence is short
+    """
+    if parts == 1:
+        return ((0, length),)
+    if form == "ulysses":
+        return (cut(length, parts, index),)
+    return cut(length, 2 * parts, index), cut(length, 2 * parts, 2 * parts - 1 - index)

@@ -1,6 +1,8 @@
-"""Tokens (and for gpt positions) to vectors."""
+"""Tokens (and for gpt positions) to vectors; under tp each rank has some of the vocabulary."""
 
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Embedding:
@@ -9,41 +11,43 @@ class Embedding:
     Parameters
     ----------
     tokens : Parameter
-        (V, C)
+        (V/tp, C)
     positions : Parameter or None
         (T, C)
+    region : Region
     dropout_key : int
     """
 
     class Saved(NamedTuple):
         mask: object        # Dropout or None
+        positions: object   # (n,) position of each row; None without a table of positions
 
-    def __init__(self, ops, tokens, positions, dropout_key):
-        self.ops, self.tokens, self.positions, self.dropout_key = ops, tokens, positions, dropout_key
+    def __init__(self, ops, tokens, positions, region, dropout_key):
+        self.ops, self.tokens, self.positions, self.region, self.dropout_key = ops, tokens, positions, region, dropout_key
 
     def forward(self, batch):
-        """Batch of (B, T) tokens -> (B T, C)"""
-        b, t = batch.shape
-        y = self.ops.embedding(batch.tokens.reshape(-1), self.tokens.value)     # (B T, C)
+        """Batch of (B, t) tokens -> (n, C)"""
+        ids, (start, size) = batch.tokens.reshape(-1), self.region.rows(batch.num_rows)
+        y = self.ops.embedding(ids, self.tokens.value, self.tokens.held.start[0])       # (B t, C), partial over tp
+        y = self.region.leave(y)                                                        # (n, C)
+        positions = None
         if self.positions is not None:
-            first = int(batch.positions[0])
-            self.ops.add(y.reshape(b, t, -1), self.positions.value[first:first + t])
-        mask = batch.mask(self.dropout_key)
+            rows = np.tile(batch.positions, batch.shape[0])[start:start + size]
+            positions = self.ops.from_host(rows)                                        # (n,)
+            self.ops.add(y, self.ops.embedding(positions, self.positions.value))
+        mask = batch.row_mask(self.dropout_key, start, size)
         if mask is not None:
-            self.ops.dropout(y.reshape(b, t, -1), mask)
-        return y, self.Saved(mask)
+            self.ops.dropout(y, mask)
+        return y, self.Saved(mask, positions)
 
     def backward(self, dy, saved, batch):
-        """(B T, C) -> nothing: tokens have no gradient. Writes over `dy`."""
-        b, t = batch.shape
+        """(n, C) -> nothing: tokens have no gradient. Writes over `dy`."""
         if saved.mask is not None:
-            self.ops.dropout(dy.reshape(b, t, -1), saved.mask)
-        tables = [table for table in (self.tokens, self.positions) if table is not None]
-        for table in tables:
+            self.ops.dropout(dy, saved.mask)
+        for table in [self.tokens] + ([self.positions] if self.positions is not None else []):
             if not table.accumulates():
                 self.ops.fill(table.grad, 0)
-        self.ops.embedding_backward(batch.tokens.reshape(-1), dy, self.tokens.grad)
         if self.positions is not None:
-            first = int(batch.positions[0])
-            rows = self.positions.grad[first:first + t]                         # (T, C)
-            self.ops.sum_rows(dy.reshape(b, -1), rows.reshape(-1))
+            self.ops.embedding_backward(saved.positions, dy, self.positions.grad)
+        dy = self.region.leave_backward(dy, batch.num_rows)                             # (B t, C)
+        self.ops.embedding_backward(batch.tokens.reshape(-1), dy, self.tokens.grad, self.tokens.held.start[0])

@@ -1,17 +1,17 @@
-"""y = x W^T + b, and back."""
+"""y = x W^T + b, and back: with W as it is or split by rows, and with W split by columns."""
 
 from typing import NamedTuple
 
 
 class Linear:
-    """A matrix product with the weights of one Parameter or of a Stack of them.
+    """A matrix product with the weights of one Parameter or of a Stack of them; under tp, with this rank's rows of them.
 
     Parameters
     ----------
     weight : Parameter or Stack
-        (O, I)
+        (O/tp, I)
     bias : Parameter, Stack or None
-        (O,)
+        (O/tp,)
     """
 
     class Saved(NamedTuple):
@@ -20,16 +20,49 @@ class Linear:
     def __init__(self, ops, weight, bias=None):
         self.ops, self.weight, self.bias = ops, weight, bias
 
-    def forward(self, x, add_bias=True):
-        """(N, I) -> (N, O). `add_bias=False` leaves the bias to an operation fused with it."""
-        y = self.ops.matmul(x, self.weight.value.T)     # (N, O)
+    def forward(self, x, add_bias=True, out=None):
+        """(N, I) -> (N, O/tp), perhaps in `out`. `add_bias=False` leaves the bias to an operation fused with it."""
+        y = self.ops.matmul(x, self.weight.value.T, out=out)        # (N, O/tp)
         if self.bias is not None and add_bias:
             self.ops.add_bias(y, self.bias.value)
         return y, self.Saved(x)
 
     def backward(self, dy, saved):
-        """(N, O) -> (N, I)"""
+        """(N, O/tp) -> (N, I), partial over tp"""
         if self.bias is not None:
             self.ops.sum_rows(dy, self.bias.grad)
-        self.ops.matmul(dy.T, saved.x, out=self.weight.grad, accumulate=self.weight.accumulates())  # (O, I)
-        return self.ops.matmul(dy, self.weight.value)   # (N, I)
+        return self._products(dy, saved.x)
+
+    def _products(self, dy, x):
+        self.weight.add_product(self.ops, dy, x)
+        return self.ops.matmul(dy, self.weight.value)               # (N, I)
+
+
+class RowLinear(Linear):
+    """The end of a tensor-parallel part: W is split by columns, the products are summed over tp, the bias is added after.
+
+    Parameters
+    ----------
+    weight : Parameter
+        (O, I/tp)
+    bias : Parameter or None
+        (O,), the same on all tp ranks
+    region : Region
+    """
+
+    def __init__(self, ops, weight, bias, region):
+        super().__init__(ops, weight, bias)
+        self.region = region
+
+    def forward(self, x):
+        """(N, I/tp) -> (n, O)"""
+        y = self.region.leave(self.ops.matmul(x, self.weight.value.T))      # (n, O)
+        if self.bias is not None:
+            self.ops.add_bias(y, self.bias.value)
+        return y, self.Saved(x)
+
+    def backward(self, dy, saved):
+        """(n, O) -> (N, I/tp)"""
+        if self.bias is not None:
+            self.ops.sum_rows(dy, self.bias.grad)
+        return self._products(self.region.leave_backward(dy, len(saved.x)), saved.x)

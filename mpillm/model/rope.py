@@ -1,6 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the layout of Hugging Face's Llama:
 channel i turns with channel i + D/2."""
 
+import functools
+
 import numpy as np
 
 
@@ -23,6 +25,12 @@ def angles(positions, head_width, base):
     return np.cos(turns), np.sin(turns)
 
 
+@functools.lru_cache(maxsize=4)
+def table(length, head_width, base, dtype):
+    """cos and sin of the first `length` positions, (T, D/2); for all models of a process that want the same."""
+    return [part.astype(dtype) for part in angles(np.arange(length), head_width, base)]
+
+
 class Rope:
     """The table of rotations up to some position, grown when a longer sequence comes."""
 
@@ -31,10 +39,12 @@ class Rope:
         self.table = None
 
     def at(self, positions):
-        """cos, sin (T, D/2) of the host array `positions` (T,), in the type of the model."""
-        longest = int(positions[-1]) + 1
+        """cos, sin (t, D/2) of the ascending host array `positions` (t,), in the type of the model."""
+        longest = int(positions[-1]) + 1 if len(positions) else 0
         if self.table is None or len(self.table[0]) < longest:
-            self.table = [self.ops.from_host(part.astype(self.dtype))
-                          for part in angles(np.arange(longest), self.head_width, self.base)]
-        first = int(positions[0])
-        return [part[first:longest] for part in self.table]
+            self.table = [self.ops.from_host(part) for part in table(longest, self.head_width, self.base, self.dtype)]
+        first = longest - len(positions)
+        if not len(positions) or positions[0] == first:
+            return [part[first:longest] for part in self.table]
+        rows = self.ops.from_host(np.asarray(positions))
+        return [self.ops.embedding(rows, part) for part in self.table]

@@ -1,58 +1,126 @@
-"""The whole model: embedding, blocks, last norm, output loss; forward and backward.
+"""The whole model, as the parts of it that a rank has: embedding, blocks, last norm and output loss; forward and backward.
 
-Families: gpt (GPT-2: Radford et al. 2019) and llama (Touvron et al. 2023, arXiv:2302.13971).
+Families: gpt (GPT-2: Radford et al. 2019) and llama (Touvron et al. 2023, arXiv:2302.13971), with a mixture of experts
+as an option (Jiang et al. 2024, arXiv:2401.04088).
 """
 
 from typing import NamedTuple
 
-from ..layout.parameter import Bucket, Constant, Normal, Parameter, key_of
-from .block import Block, Recompute
+from ..layout.mesh import Mesh
+from ..layout.parameter import Normal, Parameter, buckets_of, key_of
+from .block import Block, Maker, Recompute, Setting
 from .cache import Cache
 from .embedding import Embedding
 from .loss import OutputLoss
-from .norm import LayerNorm, RMSNorm
 from .rope import Rope
+from .shape import STD, Layout, layers_of_parts
 
-STD = 0.02      # of initial weights (Radford et al. 2018, section 4.1)
+
+class First:
+    """The beginning of the model: tokens (and positions) to vectors."""
+
+    def __init__(self, setting, table):
+        shape, positions = setting.shape, None
+        if shape.family == "gpt":
+            positions = Parameter("embedding.positions.weight", (shape.context, shape.width), Normal(STD), partial=setting.region.sequence)
+        self.embedding = Embedding(setting.ops, table, positions, setting.region, key_of(setting.seed, "embedding"))
+        self.parameters = [table] + ([positions] if positions else [])
+        self.buckets = self.needs = buckets_of("embedding", self.parameters, setting.mesh)
+        self.needs_backward = []
+
+    def forward(self, x, batch):
+        return self.embedding.forward(batch)
+
+    def backward(self, dy, saved, batch):
+        return self.embedding.backward(dy, saved, batch)
 
 
-class Shape(NamedTuple):
-    """Sizes of a model with every default filled in."""
-    family: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    context: int
-    vocabulary: int
-    tied: bool
-    rope_base: float
-    norm_epsilon: float
+class Last:
+    """The end of the model: last norm, output table, loss.
 
-    @property
-    def std(self):
-        return STD
+    `table_bucket`: where the table's gradients are complete only later, because the first part of the model, on the same
+    rank, has it too.
+    """
 
-    @property
-    def residual_std(self):
-        """Of the products that end in the residual: 1/sqrt(2 L) smaller (Radford et al. 2019, section 2.3)."""
-        return STD / (2 * self.layers) ** 0.5
+    class Saved(NamedTuple):
+        norm: NamedTuple
+        loss: NamedTuple
 
-    @classmethod
-    def of(cls, model, vocabulary):
-        """The Shape of a [model] section; `vocabulary` is used where the section gives none."""
-        mlp_width = model.mlp_width
-        if mlp_width is None:
-            mlp_width = 4 * model.width if model.family == "gpt" else -(-8 * model.width // (3 * 64)) * 64
-        return cls(model.family, model.layers, model.width, model.heads, model.kv_heads or model.heads,
-                   model.width // model.heads, mlp_width, model.context, model.vocabulary or vocabulary,
-                   model.tied, model.rope_base, model.norm_epsilon)
+    def __init__(self, setting, table, table_bucket=None):
+        make = Maker("", setting, setting.region)
+        self.norm = make.norm("norm")
+        self.loss = OutputLoss(setting.ops, table, setting.region)
+        self.parameters = make.parameters + ([] if table_bucket else [table])
+        self.buckets = self.needs_backward = buckets_of("head", self.parameters, setting.mesh)
+        self.needs = self.buckets + ([table_bucket] if table_bucket else [])
+
+    def forward(self, x, batch, training=True):
+        """(n, C) -> weighted loss sum"""
+        x, norm = self.norm.forward(x)
+        loss, saved = self.loss.forward(x, batch, training)
+        return loss, self.Saved(norm, saved)
+
+    def backward(self, dy, saved, batch):
+        return self.norm.backward(self.loss.backward(saved.loss), saved.norm)
+
+
+class Part:
+    """Neighbouring units of the model on one rank; the values of the next unit are fetched while one computes (ZeRO 3).
+
+    Attributes
+    ----------
+    units : list of First, Block, Recompute, Last
+    first, last : bool
+        Whether it begins with tokens; whether it ends with the loss.
+    """
+
+    def __init__(self, units):
+        self.units = units
+        self.first = bool(units) and isinstance(units[0], First)
+        self.last = bool(units) and isinstance(units[-1], Last)
+        self.buckets = [bucket for unit in units for bucket in unit.buckets]
+
+    def _fetched(self, needs, following):
+        for bucket in needs:
+            bucket.fetch()
+        for bucket in following:
+            bucket.fetch_start()
+
+    def _release(self, needs, following):
+        for bucket in needs:
+            if bucket not in following:
+                bucket.release()
+
+    def forward(self, x, batch, training=True):
+        """What the part makes of `x` (n, C), None where it begins with tokens: (n, C) or the weighted loss sum; and what backward needs."""
+        kept = []
+        for index, unit in enumerate(self.units):
+            following = self.units[index + 1].needs if index + 1 < len(self.units) else []
+            self._fetched(unit.needs, following)
+            x, saved = unit.forward(x, batch, training) if isinstance(unit, Last) else unit.forward(x, batch)
+            self._release(unit.needs, following)
+            if training:
+                kept.append(saved)
+            del saved
+        return x, kept
+
+    def backward(self, dy, saved, batch, done=lambda bucket: None):
+        """(n, C), None where it ends with the loss -> (n, C), None where it begins with tokens. Empties `saved`.
+
+        `done` is called with each bucket as soon as its gradients of this micro-batch are complete.
+        """
+        for index in reversed(range(len(self.units))):
+            unit, following = self.units[index], self.units[index - 1].needs_backward if index else []
+            self._fetched(unit.needs_backward, following)
+            dy = unit.backward(dy, saved.pop(), batch)
+            self._release(unit.needs_backward, following)
+            for bucket in unit.buckets:
+                done(bucket)
+        return dy
 
 
 class Transformer:
-    """A causal language model.
+    """A causal language model, the parts of it that a rank has.
 
     Parameters
     ----------
@@ -62,106 +130,107 @@ class Transformer:
     seed : int
         Seed of dropout (and of `initialize`).
     recompute : str
-        "none" or "block".
+        "none", "selective" or "block".
+    mesh : Mesh
+        One rank when left out.
+    layout : Layout
+
+    Attributes
+    ----------
+    parts : list of Part
+        In the order of the model: part c of stage s is number c S + s of all.
     """
 
-    class Saved(NamedTuple):
-        embedding: NamedTuple
-        blocks: list
-        norm: NamedTuple
-        loss: NamedTuple
+    def __init__(self, ops, shape, dtype, seed=1, recompute="none", mesh=None, layout=Layout()):
+        self.ops, self.shape, self.dtype, self.seed, self.recompute = ops, shape, dtype, seed, recompute
+        self.mesh = mesh = mesh or Mesh.plan({}, 0)
+        rope = None if shape.family == "gpt" else Rope(ops, shape.head_width, shape.rope_base, dtype)
+        self.setting = Setting(ops, shape, mesh, layout, rope, seed, recompute == "selective")
+        num_parts, stages = mesh.size("pp") * layout.chunks, mesh.size("pp")
+        self.layers = layers_of_parts(shape, num_parts, layout.layers)
+        here = [chunk * stages + mesh.coord("pp") for chunk in range(layout.chunks)]
+        first, last = 0 in here, num_parts - 1 in here
+        table = self._table("embedding.tokens.weight", shape.tied and stages > 1)
+        output = table if shape.tied else self._table("head.weight")
+        self.first = First(self.setting, table) if first else None
+        shared = next(bucket for bucket in self.first.buckets if table in bucket.parameters) if shape.tied and first and last else None
+        self.last = Last(self.setting, output, shared) if last else None
+        self.blocks, self.parts = {}, []
+        for number in here:
+            self.parts.append(self._part(number, number == 0, number == num_parts - 1))
+        self.buckets = [bucket for part in self.parts for bucket in part.buckets]
 
-    def __init__(self, ops, shape, dtype, seed=1, recompute="none"):
-        self.ops, self.shape, self.dtype, self.seed = ops, shape, dtype, seed
-        table = Parameter("embedding.tokens.weight", (shape.vocabulary, shape.width), Normal(STD))
-        positions = None
-        rope = None
-        if shape.family == "gpt":
-            positions = Parameter("embedding.positions.weight", (shape.context, shape.width), Normal(STD))
-        else:
-            rope = Rope(ops, shape.head_width, shape.rope_base, dtype)
-        self.embedding = Embedding(ops, table, positions if shape.family == "gpt" else None, key_of(seed, "embedding"))
-        self.blocks = [Block(ops, index, shape, rope, seed) for index in range(shape.layers)]
-        if recompute == "block":
-            self.blocks = [Recompute(block) for block in self.blocks]
-        last = self._last_norm()
-        output = table if shape.tied else Parameter("head.weight", (shape.vocabulary, shape.width), Normal(STD))
-        self.loss = OutputLoss(ops, output)
-        self.embedding_bucket = Bucket("embedding", [table] + ([positions] if positions else []))
-        self.head_bucket = Bucket("head", last + ([] if shape.tied else [output]))
-        self.buckets = [self.embedding_bucket] + [block.bucket for block in self.blocks] + [self.head_bucket]
+    def _table(self, name, tied=False):
+        return Parameter(name, (self.shape.vocabulary, self.shape.width), Normal(STD), ("tp", None), tied=tied)
 
-    def _last_norm(self):
-        shape = self.shape
-        weight = Parameter("norm.weight", (shape.width,), Constant(1.0))
-        if shape.family == "gpt":
-            bias = Parameter("norm.bias", (shape.width,), Constant(0.0))
-            self.norm = LayerNorm(self.ops, weight, bias, shape.norm_epsilon)
-            return [weight, bias]
-        self.norm = RMSNorm(self.ops, weight, shape.norm_epsilon)
-        return [weight]
+    def _part(self, number, first, last):
+        start = sum(self.layers[:number])
+        for index in range(start, start + self.layers[number]):
+            block = Block(index, self.setting)
+            self.blocks[index] = Recompute(block) if self.recompute == "block" else block
+        blocks = [self.blocks[index] for index in range(start, start + self.layers[number])]
+        return Part(([self.first] if first else []) + blocks + ([self.last] if last else []))
 
     def parameters(self):
-        """All parameters, in the order of the forward."""
-        return [parameter for bucket in self.buckets for parameter in bucket.parameters]
+        """The parameters of this rank, in the order of the forward."""
+        return [parameter for part in self.parts for unit in part.units for parameter in unit.parameters]
 
-    def place(self, mesh, zero):
+    def every_parameter(self):
+        """All parameters of the whole model in the order of the forward, those of other stages as their names and shapes only."""
+        mine = {parameter.name: parameter for parameter in self.parameters()}
+        table = self._table("embedding.tokens.weight")
+        found = list(First(self.setting, table).parameters)
+        for index in range(self.shape.layers):
+            found += (self.blocks[index] if index in self.blocks else Block(index, self.setting)).parameters
+        output = table if self.shape.tied else self._table("head.weight")
+        found += [parameter for parameter in Last(self.setting, output).parameters if parameter is not table]
+        return [mine.get(parameter.name, parameter) for parameter in found]
+
+    def place(self, zero=0):
         """Gives every parameter its slabs and arrays on this rank."""
         for bucket in self.buckets:
-            bucket.place(mesh, zero, self.ops, self.dtype)
+            bucket.place(self.mesh, zero, self.ops, self.dtype)
 
     def initialize(self):
         for parameter in self.parameters():
             parameter.initialize(self.ops, self.seed)
 
-    def forward(self, batch, training=True):
-        """The weighted loss sum of a micro-batch, and what backward needs (nothing when not training)."""
-        x, embedding = self.embedding.forward(batch)        # (B T, C)
-        blocks = []
-        for block in self.blocks:
-            x, saved = block.forward(x, batch)
-            if training:
-                blocks.append(saved)
-            del saved
-        x, norm = self.norm.forward(x)
-        loss, output = self.loss.forward(x, batch, training)
-        return loss, self.Saved(embedding, blocks, norm, output) if training else None
+    # ---- the whole model on one rank of a pipeline ----------------------------------------------------------------
 
-    def backward(self, saved, batch):
-        """Adds the gradients of a micro-batch; yields each bucket as soon as its gradients are complete."""
-        dx = self.norm.backward(self.loss.backward(saved.loss), saved.norm)     # (B T, C)
-        yield self.head_bucket
-        for block in reversed(self.blocks):
-            dx = block.backward(dx, saved.blocks.pop(), batch)
-            yield block.bucket
-        self.embedding.backward(dx, saved.embedding, batch)
-        yield self.embedding_bucket
+    def forward(self, batch, training=True):
+        """The weighted loss sum of a micro-batch, and what backward needs; where there is one stage."""
+        return self.parts[0].forward(None, batch, training)
+
+    def backward(self, saved, batch, done=lambda bucket: None):
+        """Adds the gradients of a micro-batch; `done` as in `Part.backward`."""
+        self.parts[0].backward(None, saved, batch, done)
 
     def caches(self, batch_size, longest):
         """One empty Cache a block."""
-        shape = self.shape
-        return [Cache(self.ops, batch_size, longest, shape.kv_heads, shape.head_width, self.dtype) for _ in self.blocks]
+        heads = [block.attention.heads for block in self._plain_blocks()]
+        return [Cache(self.ops, batch_size, longest, each.kv, each.width, self.dtype) for each in heads]
+
+    def _plain_blocks(self):
+        return [getattr(block, "block", block) for block in self.blocks.values()]
 
     def next_logits(self, batch, caches=None):
-        """Logits (B, V) of the token after each sequence of `batch`; with caches, `batch` holds only the new tokens."""
-        x, _ = self.embedding.forward(batch)
-        for index, block in enumerate(self.blocks):
+        """Logits (B, V) of the token after each sequence of `batch`; with caches, `batch` holds only the new tokens.
+
+        Where tokens are not split (sequence, cp) and there is one stage.
+        """
+        x, _ = self.first.forward(None, batch)
+        for index, block in enumerate(self._plain_blocks()):
             x, _ = block.forward(x, batch, caches[index] if caches else None)
         b, t = batch.shape
-        x, _ = self.norm.forward(x.reshape(b, t, -1)[:, -1])                    # (B, C)
-        return self.loss.logits(x)
+        x, _ = self.last.norm.forward(x.reshape(b, t, -1)[:, -1])               # (B, C)
+        return self.last.loss.logits(x)
 
     def logits(self, batch):
-        """Logits (B, T, V) of every position."""
-        x, _ = self.embedding.forward(batch)
-        for block in self.blocks:
+        """Logits (B, T, V) of every position; where `next_logits` can be asked for."""
+        x, _ = self.first.forward(None, batch)
+        for block in self._plain_blocks():
             x, _ = block.forward(x, batch)
-        return self.loss.logits(self.norm.forward(x)[0]).reshape(batch.shape + (-1,))
+        return self.last.loss.logits(self.last.norm.forward(x)[0]).reshape(batch.shape + (-1,))
 
     def flops_per_token(self):
-        """Model FLOPs of forward and backward: 6 x weights in matrix products + 12 L H D T (DESIGN.md section 8)."""
-        shape = self.shape
-        matrices = sum(parameter.shape[0] * parameter.shape[1] for block in self.blocks for parameter in block.bucket.parameters
-                       if len(parameter.shape) == 2)
-        matrices += shape.vocabulary * shape.width
-        return 6 * matrices + 12 * shape.layers * shape.heads * shape.head_width * shape.context
+        return self.shape.flops_per_token()

@@ -142,8 +142,8 @@ def fail(error, group):
 
 def last_communication():
     """The newest entries of the flight recorder, as lines; "" where nothing was communicated."""
-    comm = sys.modules.get("mpillm.layout.comm")
-    calls = comm.last_calls(5) if comm else []
+    journal = sys.modules.get("mpillm.layout.journal")
+    calls = journal.JOURNAL.last_calls(5) if journal else []
     return "".join(["last communication of this rank:\n", *(f"  {call}\n" for call in calls)]) if calls else ""
 
 

@@ -1,17 +1,43 @@
 """What a job will need, from running one step of it on arrays without data: `mpillm train --dry-run`."""
 
+from typing import NamedTuple
+
 from ..backend.shapes import Shapes
-from ..layout.mesh import Mesh
+from ..layout.journal import Journal, ledger_table
+from ..layout.mesh import AXES, Mesh
+from ..model.shape import Shape, layers_of_parts
 from ..text.batches import RandomBatches
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
+from ..train.schedule import make_schedule
+from ..train.schedule import table as schedule_table
 from ..train.step import Trainer
 from .progress import bytes_text, scaled
 from .session import build
 
 
-def needs(job, sizes, vocabulary):
-    """Size of the model and what rank 0 of the layout holds and computes.
+SHOWN = 16      # micro-batches of the schedule that is drawn, at most
+
+
+class Needs(NamedTuple):
+    """What one rank of a layout holds, computes and sends."""
+    parameters: int     # elements, of the whole model
+    values: int         # bytes that are there between two steps, as all below
+    moments: int
+    gradients: int
+    peak: int           # bytes of arrays at the peak of a step
+    flops: int          # of a step, all ranks
+    micro_batches: int  # of a rank and step
+    traffic: dict       # of a step, as of Journal.since
+
+    @property
+    def sent(self):
+        """Bytes of a step."""
+        return sum(entry.bytes for entry in self.traffic.values())
+
+
+def needs(job, sizes, vocabulary, rank=0):
+    """What a rank of the layout needs, from playing one step of it.
 
     Parameters
     ----------
@@ -19,26 +45,21 @@ def needs(job, sizes, vocabulary):
     sizes : dict
         Axis sizes of the mesh.
     vocabulary : int
-
-    Returns
-    -------
-    dict
-        parameters; values, moments, gradients, peak: bytes of a rank (the peak is that of arrays in a step);
-        flops: of a step, all ranks; micro_batches: of a rank and step; tokens: of a step, all ranks.
+    rank : int
     """
-    ops = Shapes()
-    session = build(job, Mesh.plan(sizes, 0), vocabulary, ops)
+    ops, journal = Shapes(), Journal()
+    session = build(job, Mesh.plan(sizes, rank, journal=journal, empty=ops.empty), vocabulary, ops)
     model = session.model
     trainer = Trainer(ops, model, Gradients(ops, model.buckets), AdamW(ops, model.buckets, job.optimizer), session.mesh, job)
+    before = journal.snapshot()
     trainer.train_step(1, RandomBatches(vocabulary, job.model.context, job.train.seed), 0)
-    tokens = job.train.batch * job.model.context
     share = -(-job.train.batch // sizes["dp"])
-    return {"parameters": sum(_elements(parameter.shape) for parameter in model.parameters()),
-            "values": sum(bucket.values.nbytes for bucket in model.buckets),
-            "moments": sum(moment.nbytes for bucket in model.buckets for moment in bucket.moments),
-            "gradients": sum((bucket.owned_grads if bucket.zero == 2 else bucket.grads).nbytes for bucket in model.buckets),
-            "peak": ops.peak, "flops": model.flops_per_token() * tokens, "tokens": tokens,
-            "micro_batches": -(-share // trainer.micro_batch())}
+    return Needs(parameters=sum(_elements(parameter.shape) for parameter in model.every_parameter()),
+                 values=sum(bucket.kept.nbytes for bucket in model.buckets),
+                 moments=sum(moment.nbytes for bucket in model.buckets for moment in bucket.moments),
+                 gradients=sum((bucket.owned_grads if bucket.zero >= 2 else bucket.grads).nbytes for bucket in model.buckets),
+                 peak=ops.peak, flops=model.flops_per_token() * job.train.batch * job.model.context,
+                 micro_batches=-(-share // trainer.micro_batch()), traffic=journal.since(before))
 
 
 def _elements(shape):
@@ -49,16 +70,28 @@ def _elements(shape):
 
 
 def table(job, sizes, vocabulary):
-    """The lines that `--dry-run` prints."""
-    found = needs(job, sizes, vocabulary)
-    ranks = sizes["pp"] * sizes["dp"] * sizes["cp"] * sizes["tp"]
+    """The lines that `--dry-run` prints: of the rank that needs the most memory, and of the one that sends the most."""
+    per_stage = sizes["dp"] * sizes["cp"] * sizes["tp"]
+    stages = [needs(job, sizes, vocabulary, stage * per_stage) for stage in range(sizes["pp"])]
+    largest, busiest = max(stages, key=lambda found: found.peak), max(stages, key=lambda found: found.sent)
+    ranks, tokens = sizes["pp"] * per_stage, job.train.batch * job.model.context
+    of_stage = f" (stage {stages.index(largest)} of {len(stages)})" if len(stages) > 1 else ""
     rows = [
         ("model", f"{job.model.family}, {job.model.layers} layers, width {job.model.width}, vocabulary {job.model.vocabulary or vocabulary}: "
-                  f"{found['parameters']:,} parameters"),
-        ("layout", f"{ranks} rank{'s' * (ranks > 1)}: " + " x ".join(f"{axis}={sizes[axis]}" for axis in ("pp", "dp", "cp", "tp")) + f", zero={job.mesh.zero}"),
-        ("a rank holds", f"values {bytes_text(found['values'])}, moments {bytes_text(found['moments'])}, gradients {bytes_text(found['gradients'])}"),
-        ("a rank needs", f"{bytes_text(found['peak'])} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute})"),
-        ("a step", f"{found['tokens']:,} tokens in {found['micro_batches']} micro-batch{'es' * (found['micro_batches'] > 1)} a rank, {scaled(found['flops'])}FLOP on all ranks"),
-        ("the run", f"{job.train.steps:,} steps, {job.train.steps * found['tokens']:,} tokens, {scaled(job.train.steps * found['flops'])}FLOP"),
+                  f"{largest.parameters:,} parameters"),
+        ("layout", f"{ranks} rank{'s' * (ranks > 1)}: " + " x ".join(f"{axis}={sizes[axis]}" for axis in AXES) + f", ep={sizes['ep']}, zero={job.mesh.zero}"),
+        ("a rank holds", f"values {bytes_text(largest.values)}, moments {bytes_text(largest.moments)}, gradients {bytes_text(largest.gradients)}{of_stage}"),
+        ("a rank needs", f"{bytes_text(largest.peak)} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute}){of_stage}"),
+        ("a rank sends", f"{bytes_text(busiest.sent)} a step" + (f" (stage {stages.index(busiest)})" if len(stages) > 1 else "") + (":" if ranks > 1 else "")),
+        ("a step", f"{tokens:,} tokens in {largest.micro_batches} micro-batch{'es' * (largest.micro_batches > 1)} a rank, {scaled(largest.flops)}FLOP on all ranks"),
+        ("the run", f"{job.train.steps:,} steps, {job.train.steps * tokens:,} tokens, {scaled(job.train.steps * largest.flops)}FLOP"),
     ]
-    return [f"{name:<14}{text}" for name, text in rows]
+    lines = [f"{name:<14}{text}" for name, text in rows]
+    if ranks > 1:
+        lines[5:5] = [f"{'':<14}{line}" for line in ledger_table(busiest.traffic)]
+    if len(stages) > 1:
+        blocks = ", ".join(map(str, layers_of_parts(Shape.of(job.model, vocabulary), len(stages) * job.mesh.chunks, job.mesh.stages or ())))
+        shown = make_schedule(job.mesh.schedule, len(stages), min(largest.micro_batches, SHOWN), job.mesh.chunks)
+        note = f", the first {SHOWN} micro-batches if there were no more" if largest.micro_batches > SHOWN else ""
+        lines += [f"{'schedule':<14}{job.mesh.schedule}{note}; blocks of the parts: {blocks}", *schedule_table(shown).splitlines()]
+    return lines

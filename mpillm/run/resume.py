@@ -1,14 +1,17 @@
 """What may change between a checkpoint and the job that goes on from it (DESIGN.md section 8, Resume)."""
 
-from ..config import UserError, job_to_dict
+import dataclasses
+
+from ..config import Job, UserError, job_to_dict
 
 REFUSED = {
-    "model": ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "tied", "vocabulary", "rope_base", "norm_epsilon"),
+    "model": ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "tied", "vocabulary", "rope_base", "norm_epsilon",
+              "experts", "experts_per_token", "shared_experts"),
     "train": ("seed",),
     "optimizer": ("name",),
 }
 SAID = {
-    "model": ("dropout", "context"),
+    "model": ("dropout", "context", "balance_loss", "router_z_loss"),
     "data": ("train", "validation"),
     "train": ("steps", "batch"),
     "optimizer": ("rate", "rate_schedule", "final_rate_share", "decay_share", "warmup", "betas", "epsilon", "weight_decay", "clip"),
@@ -24,9 +27,16 @@ def check_model(before, job, where):
 def _refuse(before, after, sections, where, remedy="set it back, or use another run.name to start anew"):
     for section in sections:
         for key in REFUSED[section]:
-            old, new = before.get(section, {}).get(key), after[section].get(key)
+            old, new = _value(before, section, key), after[section].get(key)
             if old != new:
                 raise UserError(f"{section}.{key} = {new} in the job, {old} in the checkpoint {where}; {remedy}")
+
+
+def _value(job, section, key):
+    """A value of a job in a manifest; the default where the mpillm that wrote it did not know the key."""
+    kind = {item.name: item.type for item in dataclasses.fields(Job)}[section]
+    defaults = {item.name: item.default for item in dataclasses.fields(kind) if item.default is not dataclasses.MISSING}
+    return job.get(section, {}).get(key, defaults.get(key))
 
 
 def changes(before, job, where):
@@ -51,7 +61,7 @@ def changes(before, job, where):
     lines = []
     for section, keys in SAID.items():
         for key in keys:
-            old, new = before.get(section, {}).get(key), after[section].get(key)
+            old, new = _value(before, section, key), after[section].get(key)
             if old != new:
                 lines.append(f"{section}.{key} changes from {old} to {new}")
     return lines

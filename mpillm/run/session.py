@@ -8,8 +8,11 @@ import numpy as np
 
 from ..backend import open_backend
 from ..config import UserError, job_from_dict, job_to_dict, read_job
+from ..layout.compose import check_layout
 from ..layout.mesh import Mesh, sizes_of
-from ..model.transformer import Shape, Transformer
+from ..layout.slab import Slab
+from ..model.shape import Layout, Shape
+from ..model.transformer import Transformer
 from ..layout.agreement import on_root
 from ..store.checkpoint import load_named
 from ..store.hyperslab import Entry
@@ -60,18 +63,25 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
     """
     check_vocabulary(job, vocabulary)
     ops = ops or open_device(job.run.device)
+    if job.mesh.zero == 3:
+        ops.return_freed_pages()
+    layout = Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
     model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
-                        job.train.recompute if recompute is None else recompute)
-    model.place(mesh, job.mesh.zero)
+                        job.train.recompute if recompute is None else recompute, mesh, layout)
+    model.place(job.mesh.zero)
     return Session(job, ops, mesh, model)
 
 
 def entries(model, moments):
     """The model's tensors as this rank owns them, for the checkpoint: masters, and moments if asked."""
     tables = ["masters"] + (["moment1", "moment2"] if moments else [])
-    found = []
+    found, nothing = [], np.empty(0, model.dtype)
     for table in tables:
-        for parameter in model.parameters():
+        for parameter in model.every_parameter():
+            if parameter.bucket is None:        # of another stage
+                slab = Slab((0,) * len(parameter.shape), (0,) * len(parameter.shape))
+                found.append(Entry(f"{table}/{parameter.name}", parameter.shape, slab, nothing.reshape(slab.shape)))
+                continue
             array = parameter.master if table == "masters" else getattr(parameter, table)
             own = parameter.owned.within(parameter.updated)
             found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, array[own]))
@@ -81,7 +91,8 @@ def entries(model, moments):
 def gather_loaded(model, moments):
     """After the owned parts were read: makes whole what this rank holds."""
     for bucket in model.buckets:
-        bucket.gather(bucket.values)
+        if bucket.zero < 3:
+            bucket.gather(bucket.values)
         if moments and bucket.zero == 0:
             for moment in bucket.moments:
                 bucket.gather(moment)
@@ -95,8 +106,8 @@ def check_manifest(checkpoint):
             raise UserError(f"{checkpoint.directory}: its manifest has no {key!r}; expected a checkpoint that `mpillm train` wrote")
 
 
-def open_model(path, group, precision=None):
-    """The model of a CHECKPOINT on a command line, data-parallel over all ranks.
+def open_model(path, group, precision=None, mesh=None):
+    """The model of a CHECKPOINT on a command line, data-parallel over all ranks unless `mesh` says otherwise.
 
     Parameters
     ----------
@@ -104,6 +115,8 @@ def open_model(path, group, precision=None):
         A run, a checkpoints directory or a step directory.
     precision : str or None
         "float32" or "float64"; as it was trained when None.
+    mesh : dict or None
+        Keys of a [mesh] section.
 
     Returns
     -------
@@ -113,11 +126,13 @@ def open_model(path, group, precision=None):
 
     def make_entries(checkpoint):
         check_manifest(checkpoint)
-        values = checkpoint.manifest["job"] | {"mesh": {"dp": group.size, "zero": 0}}
+        values = checkpoint.manifest["job"] | {"mesh": {"zero": 0} | (mesh or {})}
         if precision:
             values["precision"] = {"compute": precision}
         job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
-        opened["session"] = build(job, Mesh(group, sizes_of(job.mesh, group.size)), job.model.vocabulary, ops, recompute="none")
+        sizes = sizes_of(job.mesh, group.size)
+        check_layout(job, sizes)
+        opened["session"] = build(job, Mesh(group, sizes), job.model.vocabulary, ops, recompute="none")
         return entries(opened["session"].model, moments=False)
     checkpoint = load_named(path, make_entries, group, ops, lambda line: print(line, file=sys.stderr))
     gather_loaded(opened["session"].model, moments=False)

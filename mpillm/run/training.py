@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from ..config import UserError, job_to_dict
+from ..layout.journal import JOURNAL, Traffic, ledger_table
 from ..store.checkpoint import load_named, load_newest, save
 from ..store.errors import SaveFailed
 from ..train.gradients import Gradients
@@ -65,6 +66,7 @@ class Training:
         self.step = self.samples = self.tokens = 0      # done so far, on all ranks
         self.saved_step = None              # step of the newest checkpoint
         self.changes = []                   # lines of every resume that changed the job
+        self.traffic, self.steps_here = {}, 0           # communication of the steps of this process
         self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
 
     # ---- beginning ------------------------------------------------------------------------------------------------
@@ -153,15 +155,17 @@ class Training:
     def _end(self, code, reason):
         """Says and records how the run ended."""
         state = {FINISHED: "finished", STOPPED: "stopped", WRONG_NUMBERS: "failed"}[code]
+        self.tell_traffic()
         self.progress.note(f"{state} at step {self.step}: {reason}")
         self.metrics.event(state, step=self.step, reason=reason)
         self.directory.status(state, code, reason, self.step)
         return code
 
     def _one_step(self):
-        started = time.monotonic()
+        started, before = time.monotonic(), JOURNAL.snapshot()
         result = self.trainer.train_step(self.step + 1, self.source, self.samples, lambda: [self.stop.local()])
         seconds = time.monotonic() - started
+        self.count_traffic(JOURNAL.since(before))
         self.step += 1
         self.samples += self.job.train.batch
         tokens = self.job.train.batch * self.job.model.context
@@ -170,17 +174,36 @@ class Training:
                 "tokens": self.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
                 "flop_share": self.model.flops_per_token() * tokens / seconds / (self.gemm_rate * self.group.size),
                 "skipped": result.skipped}
+        if self.job.model.experts:
+            line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
         self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
         self.progress.step(line)
         self.directory.heartbeat(self.step)
         return result
+
+    def count_traffic(self, step):
+        """Adds the communication of a step to the run's ledger."""
+        for key, entry in step.items():
+            old = self.traffic.get(key, Traffic(0, 0))
+            self.traffic[key] = Traffic(old.calls + entry.calls, old.bytes + entry.bytes)
+        self.steps_here += 1
+
+    def tell_traffic(self):
+        """What a step of this run communicated, as rank 0 counted it."""
+        if self.group.size == 1 or not self.steps_here:
+            return
+        self.progress.note(f"communication of rank 0, mean of {self.steps_here} steps:")
+        for text in ledger_table(self.traffic, self.steps_here):
+            self.progress.note(f"  {text}")
+        self.metrics.event("communication", steps=self.steps_here, traffic=[
+            {"axis": axis, "operation": operation, "calls": entry.calls, "bytes": entry.bytes} for (axis, operation), entry in sorted(self.traffic.items())])
 
     def validate(self):
         """Validation loss of the job's validation file, where there is one."""
         if self.data.validation is None:
             return
         started = time.monotonic()
-        loss, tokens = validation_loss(self.ops, self.model, self.mesh, *self.data.windows(), self.trainer.micro_batch())
+        loss, tokens = validation_loss(self.ops, self.model, *self.data.windows(), self.trainer.micro_batch())
         self.metrics.event("validation", step=self.step, validation_loss=loss, tokens=tokens, seconds=time.monotonic() - started)
         self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
 

@@ -4,19 +4,20 @@
 |---|---|---|
 | 0 | all-reduce in place | always |
 | 1 | reduce-scatter to the owners, on the last micro-batch | always |
-| 2 | reduce-scatter to the owners, on every micro-batch | from a block's backward to the end of its reduction |
+| 2, 3 | reduce-scatter to the owners, on every micro-batch | from a block's backward to the end of its reduction |
 """
 
-import collections
 from typing import NamedTuple
+
+
+MOST_PENDING = 2    # reductions under way at a time where they hold freed gradients (ZeRO 2, 3)
 
 
 class Reduction(NamedTuple):
     """A reduction on its way."""
     bucket: object
     message: object     # Pending
-    packed: object      # (held elements,) in order of owner; kept until the message is done
-    out: object         # (owned elements,)
+    out: object         # (owned elements,), None under ZeRO 0
 
 
 class Gradients:
@@ -30,37 +31,56 @@ class Gradients:
     """
 
     def __init__(self, ops, buckets):
-        self.ops, self.buckets, self.pending = ops, buckets, collections.deque()
+        self.ops, self.buckets, self.pending = ops, buckets, []
 
     def begin(self):
         """Before the first forward of a step."""
         for bucket in self.buckets:
             bucket.clear()
-            if bucket.zero == 2:
+            if bucket.zero >= 2:
                 self.ops.fill(bucket.owned_grads, 0)
 
     def start(self, bucket, last):
         """After a bucket's backward: starts its reduction if this is the time; drives the others on."""
-        while self.pending and self.pending[0].message.test():
-            self._complete()
-        if bucket.group.size == 1 or not (last or bucket.zero == 2):
+        self._drive()
+        if bucket.group.size == 1 or not (last or bucket.zero >= 2):
             return
+        bucket.ready_to_reduce()
         if bucket.zero == 0:
-            message = bucket.group.all_reduce_start(bucket.grads)
-            self.pending.append(Reduction(bucket, message, None, None))
+            self.pending.append(Reduction(bucket, bucket.group.all_reduce_start(bucket.grads), None))
             return
-        packed = bucket.pack(bucket.grads)
-        if bucket.zero == 2:
-            bucket.free_grads()
         out = self.ops.empty(bucket.owned_grads.shape, bucket.dtype)
-        message = bucket.group.reduce_scatter_start(packed, bucket.counts, out)
-        self.pending.append(Reduction(bucket, message, packed, out))
+        message = bucket.group.reduce_scatter_start(bucket.grads, bucket.ranges, out)
+        self.pending.append(Reduction(bucket, message, out))
+        if bucket.zero >= 2:
+            bucket.free_grads()
+            self._bound()
 
-    def _complete(self):
-        """Finishes the oldest reduction: always in the order of starting, so that sums do not depend on timing."""
-        bucket, message, _, out = self.pending.popleft()
+    def _drive(self):
+        """Finishes the reductions that are done: of one bucket in the order of starting, so that sums do not depend on timing."""
+        waiting, kept = set(), []
+        for reduction in self.pending:
+            bucket = reduction.bucket
+            if id(bucket) in waiting or not reduction.message.test():
+                waiting.add(id(bucket))
+                kept.append(reduction)
+            else:
+                self._complete(reduction)
+        self.pending = kept
+
+    def _bound(self):
+        """Waits while too many gradients are kept for reductions; but not for another stage, which may need this one first."""
+        while True:
+            ours = [reduction for reduction in self.pending if not reduction.bucket.spans_stages]
+            if len(ours) <= MOST_PENDING:
+                return
+            ours[0].message.wait()
+            self._drive()
+
+    def _complete(self, reduction):
+        bucket, message, out = reduction
         message.wait()
-        if bucket.zero == 2:
+        if bucket.zero >= 2:
             self.ops.add(bucket.owned_grads, out)
         elif bucket.zero == 1:
             self.ops.copy(bucket.owned_grads, out)
@@ -68,7 +88,7 @@ class Gradients:
     def finish(self):
         """Waits for the reductions; every parameter's `owned_grad` is then the sum over the replicas."""
         while self.pending:
-            self._complete()
+            self._drive()
 
     def square_sum(self):
         """This rank's share of the squared global norm: each element of the model counted by its owner, once."""

@@ -21,12 +21,14 @@ class AdamW:
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 self._update(parameter, step, rate, scale)
-            if bucket.zero:
+            if bucket.zero in (1, 2):
                 bucket.gather(bucket.values)
 
     def _update(self, parameter, step, rate, scale):
         config = self.config
-        if parameter.master.size:
-            self.ops.adamw(parameter.master.reshape(-1), parameter.owned_grad.reshape(-1), parameter.moment1.reshape(-1),
-                           parameter.moment2.reshape(-1), rate, *config.betas, config.epsilon,
-                           config.weight_decay if parameter.decay else 0.0, step, scale)
+        arrays = parameter.master, parameter.owned_grad, parameter.moment1, parameter.moment2
+        # The rows of several experts that a rank owns do not lie one after the other in their values.
+        for parts in zip(*arrays) if len(parameter.shape) == 3 else [arrays]:
+            if parts[0].size:
+                self.ops.adamw(*(part.reshape(-1) for part in parts), rate, *config.betas, config.epsilon,
+                               config.weight_decay if parameter.decay else 0.0, step, scale)

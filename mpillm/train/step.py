@@ -1,13 +1,15 @@
-"""One optimizer step: tokens -> batch -> forward -> backward -> reduce -> clip -> update."""
+"""One optimizer step: tokens -> batch -> forward -> backward -> reduce -> clip -> update; and the loss alone."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from ..layout.slab import cut
+from ..layout.slab import cut, token_ranges
 from ..model.batch import Batch
+from .pipeline import Pipeline
 from .rates import rate_of
+from .schedule import forward_only, make_schedule
 
 
 class StepResult(NamedTuple):
@@ -15,6 +17,8 @@ class StepResult(NamedTuple):
     grad_norm: float    # global, before clipping
     rate: float
     skipped: bool       # a gradient was not finite: no update on any rank
+    balance_loss: float     # of the routers of a mixture of experts, with its coefficient; 0 without
+    router_z_loss: float    # the same
     flags: list         # sums over the ranks of the numbers of `flags()`
 
 
@@ -30,7 +34,7 @@ def micro_batches(source, first, count, dp_rank, dp_size, micro_batch):
 
     Returns
     -------
-    list of (tokens, targets, weights, sample numbers); a rank with fewer samples gets fillers of weight 0.
+    list of (tokens, targets, weights, sample numbers, real); a rank with fewer samples gets fillers of weight 0, not real.
     """
     start, size = cut(count, dp_size, dp_rank)
     most = cut(count, dp_size, 0)[1]
@@ -41,7 +45,7 @@ def micro_batches(source, first, count, dp_rank, dp_size, micro_batch):
     parts = []
     for begin in range(0, most, micro_batch):
         end = min(begin + micro_batch, most)
-        part = [array[begin:end] for array in (tokens, targets, weights, numbers)]
+        part = [array[begin:end] for array in (tokens, targets, weights, numbers, np.ones(size, bool))]
         missing = end - begin - len(part[0])
         if missing:
             part = [np.concatenate([array, np.zeros((missing,) + array.shape[1:], array.dtype)]) for array in part]
@@ -60,12 +64,17 @@ class Trainer:
 
     def __init__(self, ops, model, gradients, optimizer, mesh, job):
         self.ops, self.model, self.gradients, self.optimizer = ops, model, gradients, optimizer
-        self.mesh, self.job = mesh, job
+        self.mesh, self.job, self.pipeline = mesh, job, Pipeline(ops, model)
 
     def micro_batch(self):
         """Sequences of one pass on this rank."""
         share = cut(self.job.train.batch, self.mesh.size("dp"), 0)[1]
         return min(self.job.train.micro_batch or share, share)
+
+    def schedule(self, microbatches):
+        """The job's pipeline schedule; where there is one stage, each backward follows its forward."""
+        mesh, stages = self.job.mesh, self.mesh.size("pp")
+        return make_schedule(mesh.schedule if stages > 1 else "1f1b", stages, microbatches, mesh.chunks)
 
     def train_step(self, step, source, first, flags=tuple):
         """Optimizer step number `step` (1 is the first) on samples first .. first + batch - 1 of `source`.
@@ -76,10 +85,14 @@ class Trainer:
         mesh, job = self.mesh, self.job
         parts = micro_batches(source, first, job.train.batch, mesh.coord("dp"), mesh.size("dp"), self.micro_batch())
         total = np.array([sum(float(part[2].sum(dtype=np.float64)) for part in parts)])
-        mesh["dp", "cp"].all_reduce(total)              # W: weight of all targets of the step
-        loss = self._forward_backward(parts, total[0] or 1.0, step)
+        mesh["dp"].all_reduce(total)                    # W: weight of all targets of the step
+        auxiliary = np.zeros(2)
+        batches = [make_batch(self.ops, self.model, part, total[0] or 1.0, step, job.model.dropout)._replace(
+            share=part[4] / job.train.batch, auxiliary=auxiliary) for part in parts]
+        self.gradients.begin()
+        loss = self.pipeline.run(self.schedule(len(batches)), batches, self.gradients)
         self.gradients.finish()
-        numbers = np.array([self.gradients.square_sum(), loss, *flags()], np.float64)
+        numbers = np.array([self.gradients.square_sum(), loss, *auxiliary, *flags()], np.float64)
         mesh.world.all_reduce(numbers)
         norm = math.sqrt(numbers[0]) if numbers[0] >= 0 else math.nan
         rate = rate_of(job.optimizer, step, job.train.steps)
@@ -87,30 +100,26 @@ class Trainer:
         if not skipped:
             clip = job.optimizer.clip
             self.optimizer.step(step, rate, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
-        return StepResult(float(numbers[1]), norm, rate, skipped, numbers[2:].tolist())
-
-    def _forward_backward(self, parts, total, step):
-        loss = 0.0
-        self.gradients.begin()
-        for index, part in enumerate(parts):
-            batch = make_batch(self.ops, self.model, part, total, step, self.job.model.dropout)
-            part_loss, saved = self.model.forward(batch)
-            loss += part_loss
-            for bucket in self.model.backward(saved, batch):
-                self.gradients.start(bucket, last=index == len(parts) - 1)
-        return loss
+        return StepResult(float(numbers[1]), norm, rate, skipped, float(numbers[2]), float(numbers[3]), numbers[4:].tolist())
 
 
 def make_batch(ops, model, part, total, step=0, dropout=0.0):
-    """The Batch of host arrays (tokens, targets, weights, sample numbers); each target counts weight / total."""
-    tokens, targets, weights, numbers = part
+    """The Batch of a part of `micro_batches`, whole sequences on the host; each target counts weight / total.
+
+    Under context parallelism it has this rank's tokens of each sequence only.
+    """
+    tokens, targets, weights, numbers = part[:4]
+    mesh, length = model.mesh, tokens.shape[1]
+    ranges = token_ranges(length, mesh.size("cp"), mesh.coord("cp"), model.setting.layout.cp_form)
+    positions = np.concatenate([np.arange(start, start + size, dtype=np.int64) for start, size in ranges])     # (t,)
+    if len(positions) < length:
+        tokens, targets, weights = tokens[:, positions], targets[:, positions], weights[:, positions]           # (B, t)
     scale = weights.astype(model.dtype) / np.asarray(total, model.dtype)
-    return Batch(ops.from_host(tokens), ops.from_host(targets), ops.from_host(scale),
-                 np.arange(tokens.shape[1], dtype=np.int64), numbers, step, dropout)
+    return Batch(ops.from_host(tokens), ops.from_host(targets), ops.from_host(scale), positions, numbers, step, dropout, length)
 
 
-def validation_loss(ops, model, mesh, count, windows, micro_batch):
-    """Mean nll of the first `count` windows, each read once, on any number of ranks.
+def validation_loss(ops, model, count, windows, micro_batch):
+    """Mean nll of the first `count` windows, each read once, on any layout.
 
     Parameters
     ----------
@@ -123,11 +132,20 @@ def validation_loss(ops, model, mesh, count, windows, micro_batch):
     loss : float, nats per token
     tokens : int, targets counted
     """
-    start, size = cut(count, mesh.size("dp"), mesh.coord("dp"))
-    sums = np.zeros(2)
-    for begin in range(start, start + size, micro_batch):
-        tokens, targets, weights = windows(begin, min(micro_batch, start + size - begin))
-        part = (tokens, targets, weights, np.zeros(len(tokens), np.int64))
-        sums += [model.forward(make_batch(ops, model, part, 1.0), training=False)[0], weights.sum(dtype=np.float64)]
-    mesh["dp"].all_reduce(sums)
+    mesh, sums = model.mesh, np.zeros(2)
+    pipeline, stages, data = Pipeline(ops, model), mesh.size("pp"), mesh.size("dp")
+    round_ = data * micro_batch * 2 * stages            # windows read at once, by all ranks
+    for first in range(0, count, round_):
+        number = min(round_, count - first)
+        parts = micro_batches(Windows(windows), first, number, mesh.coord("dp"), data, min(micro_batch, -(-number // data)))
+        batches = [make_batch(ops, model, part, 1.0) for part in parts]
+        sums[0] += pipeline.run(forward_only(stages, len(batches), model.setting.layout.chunks), batches)
+        if mesh.position("pp", "cp", "tp") == 0:
+            sums[1] += sum(part[2].sum(dtype=np.float64) for part in parts)
+    mesh.world.all_reduce(sums)
     return float(sums[0] / max(sums[1], 1.0)), int(sums[1])
+
+
+class Windows(NamedTuple):
+    """Validation windows as a source of samples."""
+    samples: object     # (first, count) -> tokens, targets, weights

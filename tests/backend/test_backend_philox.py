@@ -62,8 +62,8 @@ def test_normal_is_bitwise_the_same_in_both_forms(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("first, channels", [(0, 1), (0, 1030), (6, 13), (3, 515), (0, 0)])
 def test_dropout_is_the_same_in_both_forms(dtype, first, channels):
-    mask = Dropout(0.3, 2**63 + 5, 2**32 + 1, np.array([3, 2**33]), np.array([0, 5, 1000]), first)
-    x = random(0, 2, 3, channels, dtype=dtype)
+    mask = Dropout(0.3, 2**63 + 5, 2**32 + 1, np.array([3, 3, 2**33, 4, 3]), np.array([0, 5, 1000, 0, 1]), first)
+    x = random(0, 5, channels, dtype=dtype)
     a, b = x.copy(), x.copy()
     CPU.dropout(a, mask)
     REFERENCE.dropout(b, mask)
@@ -72,16 +72,32 @@ def test_dropout_is_the_same_in_both_forms(dtype, first, channels):
 
 @pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=["numpy", "cpu"])
 def test_dropout_depends_on_the_element_only(backend):
-    samples, positions = np.arange(5), np.arange(9)
-    whole = np.ones((5, 9, 50))
+    samples, positions = np.repeat(np.arange(5), 9), np.tile(np.arange(9), 5)
+    whole = np.ones((45, 50))
     backend.dropout(whole, Dropout(0.25, 99, 4, samples, positions))
-    part = np.ones((2, 4, 21))
-    backend.dropout(part, Dropout(0.25, 99, 4, samples[2:4], positions[5:], 7))
-    assert np.array_equal(part, whole[2:4, 5:, 7:28])
+    rows = np.array([44, 3, 17, 18, 0])
+    part = np.ones((5, 21))
+    backend.dropout(part, Dropout(0.25, 99, 4, samples[rows], positions[rows], 7))
+    assert np.array_equal(part, whole[rows, 7:28])
     assert set(np.unique(whole)) == {0.0, 1 / 0.75} and abs(whole.mean() - 1) < 0.1
 
 
+@pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=["numpy", "cpu"])
+def test_dropout_counts_step_sample_position_and_channel(backend):
+    x = np.ones((2, 11))
+    backend.dropout(x, Dropout(0.5, 99, 4, np.array([8, 9]), np.array([70, 60]), 2))
+    for (row, channel), value in np.ndenumerate(x):
+        word = philox.philox4x32((4, 8 + row, 70 - 10 * row, (2 + channel) // 4), 99)[(2 + channel) % 4]
+        assert value == (2.0 if word >= 2**31 else 0.0)
+
+
 def test_no_dropout_keeps_everything():
-    x = np.ones((1, 2, 8))
-    CPU.dropout(x, Dropout(0.0, 1, 1, np.arange(1), np.arange(2)))
-    assert np.array_equal(x, np.ones((1, 2, 8)))
+    x = np.ones((2, 8))
+    CPU.dropout(x, Dropout(0.0, 1, 1, np.zeros(2, np.int64), np.arange(2)))
+    assert np.array_equal(x, np.ones((2, 8)))
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=["numpy", "cpu"])
+def test_dropout_needs_a_sample_and_a_position_for_every_row(backend):
+    with pytest.raises(ValueError):
+        backend.dropout(np.ones((6, 8)), Dropout(0.5, 1, 1, np.arange(2), np.arange(3)))

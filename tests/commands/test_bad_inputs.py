@@ -131,7 +131,18 @@ bad("half-precision-on-cpu", "train job.toml precision.compute=bfloat16", "bfloa
 bad("no-gpu-yet", "train job.toml run.device=gpu", "run.device", "gpu", "cpu")
 bad("betas", "train job.toml optimizer.betas=[0.9]", "optimizer.betas = [0.9]", "expected two numbers")
 bad("name-with-a-slash", "train job.toml run.name=../elsewhere", "run.name = '../elsewhere'", "plain folder name")
-bad("tensor-parallel", "train job.toml mesh.tp=2", "mesh.tp=2", "only data-parallel", "tp of 1")
+bad("tensor-parallel-on-one-rank", "train job.toml mesh.tp=2", "mesh: tp=2", "does not divide the 1 ranks", "start a multiple of 2 ranks")
+bad("tp-of-heads", "train job.toml --dry-run --ranks 4 mesh.tp=4", "mesh: tp=4 does not divide model.heads=2", "use tp of 1, 2")
+bad("tp-of-kv-heads", "train job.toml --dry-run --ranks 4 model.width=24 model.heads=12 model.kv_heads=3 mesh.tp=4", "mesh: tp=4", "model.kv_heads=3",
+    "use tp of 1, 3, 6, 12")
+bad("cp-of-few-tokens", "train job.toml --dry-run --ranks 5 mesh.cp=5", "mesh: cp=5 needs 2 cp = 10 blocks", "model.context=8", "use cp of 1 to 4")
+bad("cp-of-heads", "train job.toml --dry-run --ranks 4 mesh.cp=4 mesh.cp_form=ulysses", "mesh: cp=4", "2 query heads", "use cp of 1, 2", 'cp_form = "ring"')
+bad("ep-without-experts", "train job.toml --dry-run --ranks 2 mesh.ep=2", "mesh: ep=2 with model.experts=0", "use ep = 1")
+bad("ep-of-experts", "train job.toml --dry-run --ranks 4 mesh.ep=4 model.experts=2", "mesh: ep=4 is more than model.experts=2", "use ep of 1 to 2")
+bad("ep-of-ranks", "train job.toml --dry-run --ranks 4 mesh.ep=3 model.experts=4", "mesh: ep=3 does not divide dp x cp = 4", "use ep of 1, 2, 4")
+bad("chunks-of-1f1b", "train job.toml --dry-run --ranks 2 mesh.pp=2 mesh.chunks=2", "mesh: chunks=2", 'only "interleaved"', "use chunks = 1")
+bad("one-chunk-interleaved", "train job.toml --dry-run --ranks 2 mesh.pp=2 mesh.schedule=interleaved", "chunks=1", "it needs 2 or more of both", '"1f1b"')
+bad("stages-of-another-model", "train job.toml --dry-run --ranks 2 mesh.pp=2 mesh.stages=[1,1]", "mesh: stages = [1, 1]", "model.layers=1", "leave stages out")
 bad("two-rests", "train job.toml mesh.dp=rest mesh.tp=rest", "mesh")
 bad("wrong-world-size", "train job.toml mesh.dp=2", "mesh: dp=2 needs 2 ranks", "this job has", "start 2 ranks")
 
@@ -259,7 +270,7 @@ bad("tokenizer-too-large", "prepare texts new.h5 --tokenizer bpe:9000", "bpe:900
 
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
-ON_RANKS = ["unknown-command", "key-typo", "wrong-world-size", "tokens-missing", "tokens-cut-short", "tokens-beyond-the-vocabulary",
+ON_RANKS = ["unknown-command", "key-typo", "wrong-world-size", "tp-of-heads", "tokens-missing", "tokens-cut-short", "tokens-beyond-the-vocabulary",
             "runs-is-a-file", "another-seed", "start-damaged", "evaluate-beyond-the-vocabulary",
             "generate-output-exists", "corpus-empty-folder", "lines-without-the-field", "output-exists"]
 

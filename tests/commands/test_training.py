@@ -21,8 +21,10 @@ from mpillm.text.order import Order
 
 STEPS, EVERY = 250, 50
 needs_mpi = pytest.mark.skipif(launcher() is None, reason="no mpirun")
-LAYOUTS = [pytest.param(None, 0, id="1-rank-zero-0"), pytest.param(None, 2, id="1-rank-zero-2"),
-           *(pytest.param(2, zero, id=f"2-ranks-zero-{zero}", marks=needs_mpi) for zero in (0, 1, 2))]
+PIPELINE = ("mesh.pp=2", "mesh.schedule=zero_bubble", "train.micro_batch=2")
+LAYOUTS = [pytest.param(None, 0, (), id="1-rank-zero-0"), pytest.param(None, 2, (), id="1-rank-zero-2"),
+           *(pytest.param(2, zero, (), id=f"2-ranks-zero-{zero}", marks=needs_mpi) for zero in (0, 1, 2, 3)),
+           pytest.param(2, 1, ("mesh.tp=2",), id="2-ranks-tp", marks=needs_mpi), pytest.param(2, 2, PIPELINE, id="2-ranks-pp", marks=needs_mpi)]
 
 
 # ---- what a run left ------------------------------------------------------------------------------------------------
@@ -109,10 +111,10 @@ def arguments(name, *overrides, zero=1):
 @pytest.fixture(scope="module")
 def reference(place):
     """The uninterrupted run of a layout, made when it is first asked for; gives its directory."""
-    def get(ranks=None, zero=1, steps=STEPS):
-        name = f"reference-{ranks}-{zero}-{steps}"
+    def get(ranks=None, zero=1, steps=STEPS, layout=()):
+        name = "-".join(["reference", str(ranks), str(zero), str(steps), *layout])
         if not (place / "runs" / name).exists():
-            finish(place, name, f"train.steps={steps}", ranks=ranks, zero=zero)
+            finish(place, name, f"train.steps={steps}", *layout, ranks=ranks, zero=zero)
         return place / "runs" / name
     return get
 
@@ -142,29 +144,30 @@ def kill(running, one):
     return done
 
 
-@pytest.mark.parametrize("ranks, zero", LAYOUTS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(place, reference, ranks, zero):
-    name, draw = f"killed-{ranks}-{zero}", random.Random(f"{ranks} {zero}")
+@pytest.mark.parametrize("ranks, zero, layout", LAYOUTS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(place, reference, ranks, zero, layout):
+    name, draw = "-".join(["killed", str(ranks), str(zero), *layout]), random.Random(f"{ranks} {zero}")
     path, target = place / "runs" / name, draw.randrange(EVERY + 1, STEPS - 2 * EVERY)
-    with Running(*arguments(name, zero=zero), cwd=place, ranks=ranks) as running:
+    with Running(*arguments(name, *layout, zero=zero), cwd=place, ranks=ranks) as running:
         running.until(lambda: step_of(path) >= target)
         began = time.monotonic()
         kill(running, one=draw.random() < 0.5)
         assert time.monotonic() - began < 10
     left = newest(path)
     assert left is not None and (path / "lock").exists() and status(path)["state"] == "running"
-    done = finish(place, name, ranks=ranks, zero=zero)
+    done = finish(place, name, *layout, ranks=ranks, zero=zero)
     assert f"resumed from {left.name}" in done.text
-    assert_same(path, reference(ranks, zero))
+    assert_same(path, reference(ranks, zero, layout=layout))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks, zero", LAYOUTS)
-def test_twenty_kills(place, reference, ranks, zero):
+@pytest.mark.parametrize("ranks, zero, layout", LAYOUTS)
+def test_twenty_kills(place, reference, ranks, zero, layout):
     """Killed at any moment of start, step or checkpoint; with a checkpoint every few steps."""
     seed, steps = time.time_ns(), 3000
-    draw, name, overrides = random.Random(seed), f"often-killed-{ranks}-{zero}", ["checkpoint.every=7", f"train.steps={steps}"]
+    draw, name = random.Random(seed), "-".join(["often-killed", str(ranks), str(zero), *layout])
+    overrides = ["checkpoint.every=7", f"train.steps={steps}", *layout]
     path, kills = place / "runs" / name, 0
     while kills < 20 and step_of(path) < steps - 200:
         with Running(*arguments(name, *overrides, zero=zero), cwd=place, ranks=ranks) as running:
@@ -173,7 +176,7 @@ def test_twenty_kills(place, reference, ranks, zero):
             kills += 1
     print(f"seed {seed}: {kills} kills, {len(events(path, 'resumed'))} resumes, at step {step_of(path)}")
     finish(place, name, *overrides, ranks=ranks, zero=zero)
-    assert_same(path, reference(ranks, zero, steps))
+    assert_same(path, reference(ranks, zero, steps, layout))
     assert kills > 10 and not [item for item in path.rglob("*") if ".tmp-" in item.name or item.name.startswith(".")], seed
 
 
@@ -368,7 +371,26 @@ def test_a_dry_run_prints_and_writes_nothing(place, reference):
     assert done.code == 0 and done.err == "" and changed(before, tree(place)) == []
     elements = sum(array.size for array in tensors(reference(), ["masters"]).values())
     assert f"{elements:,} parameters" in done.out and "64 ranks" in done.out and "1,024 tokens in 1 micro-batch" in done.out
-    assert {line.split("  ")[0] for line in done.out.splitlines()} == {"model", "layout", "a rank holds", "a rank needs", "a step", "the run"}
+    names = ["model", "layout", "a rank holds", "a rank needs", "a rank sends", "a step", "the run"]
+    lines = done.out.splitlines()
+    assert [line.split("  ")[0] for line in lines if not line.startswith(" ")] == names
+    ledger = [line.split() for line in lines if line.startswith(" ")]
+    assert ledger[0] == ["axis", "operation", "calls/step", "MB", "sent/step"] and {tuple(row[:2]) for row in ledger[1:]} == {
+        ("dp", "all_gather"), ("dp", "all_reduce"), ("dp", "reduce_scatter"), ("world", "all_reduce")}
+
+
+def test_a_dry_run_of_any_layout_tells_the_same_model(place):
+    """The stage that needs the most memory and the one that sends the most are named; experts and shared experts are counted once."""
+    overrides = ["model.layers=3", "model.experts=4", "model.shared_experts=1", "train.batch=64"]
+    outputs = []
+    for more in ([], ["--ranks", "16", "mesh.pp=2", "mesh.tp=2", "mesh.cp=2", "mesh.ep=4", "mesh.zero=3", "train.micro_batch=4"]):
+        done = run(*arguments("dry", "--dry-run", *overrides, *more), cwd=place)
+        assert done.code == 0 and done.err == "", done.text
+        outputs.append(done.out)
+    one, many = [[line for line in out.splitlines() if line.startswith(("model", "the run"))] for out in outputs]
+    assert one == many and len(one) == 2
+    assert "16 ranks: pp=2 x dp=2 x cp=2 x tp=2, ep=4, zero=3" in outputs[1] and "(stage 0" in outputs[1]
+    assert {line.split()[0] for line in outputs[1].splitlines() if line.startswith("     ")} >= {"axis", "pp", "cp", "ep", "tp", "world"}
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------

@@ -1,57 +1,15 @@
-"""Every call on arrays: what it computes, that pairs are adjoint, 16-bit types, large counts, the flight recorder.
-
-Values are small whole numbers, so that sums are exact and every comparison is for equality.
-"""
-
-import re
+"""Every call on arrays: what it computes, 16-bit types, several ranges a rank, large counts; control values and groups."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from comm_cases import DTYPES, HALVES, lengths, numbers, of_all, uneven
 from mpillm.layout import comm
-from mpillm.layout.comm import Planned, Solo
+from mpillm.layout.comm import Group, Solo, extent, in_messages, ranges_of
 from mpillm.layout.slab import cut
 
 pytestmark = pytest.mark.ranks
-
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
-HALVES = [np.float16, ml_dtypes.bfloat16]
-
-
-@pytest.fixture(params=["world", "solo"])
-def ranks(request, group):
-    """All ranks, and one rank by itself."""
-    return group if request.param == "world" else Solo()
-
-
-@pytest.fixture(params=[2**30, 3], ids=["one call", "chunks"])
-def max_count(request, monkeypatch):
-    monkeypatch.setattr(comm, "MAX_COUNT", request.param)
-    return request.param
-
-
-def numbers(shape, seed, rank=0, dtype=np.float64):
-    """Whole numbers from -8 to 8: the same on any rank that asks for them."""
-    return np.random.default_rng([seed, rank]).integers(-8, 9, shape).astype(dtype)
-
-
-def of_all(ranks, shape, seed, dtype=np.float64):
-    """What every rank has, (ranks, ...), known without communication."""
-    return np.stack([numbers(shape, seed, rank, dtype) for rank in range(ranks.size)])
-
-
-def lengths(ranks):
-    return [0, 1, 2, ranks.size, ranks.size + 1, 7]
-
-
-def total(ranks, *values):
-    """Sum over the ranks of this rank's inner product."""
-    return float(sum(ranks.collect(float(sum(values)))))
-
-
-def inner(a, b):
-    return float(np.vdot(a, b))
 
 
 # -- reductions ---------------------------------------------------------------------------------------------------
@@ -107,11 +65,6 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(ranks, max_count, 
     np.testing.assert_array_equal(part.view(np.uint16), expected[first:first + size].view(np.uint16))
 
 
-def uneven(ranks, length, order=1):
-    """Counts of the ranks, the first (or last) ranks with none where there are few elements."""
-    return [cut(length, ranks.size, rank)[1] for rank in range(ranks.size)][::order]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("order", [1, -1], ids=["larger first", "larger last"])
 def test_reduce_scatter_and_all_gather(ranks, max_count, dtype, order):
@@ -124,21 +77,126 @@ def test_reduce_scatter_and_all_gather(ranks, max_count, dtype, order):
         part = ranks.reduce_scatter(x, counts)
         np.testing.assert_array_equal(part.astype(float), expected[mine])
         out = np.full(counts[ranks.rank], 99, dtype)
-        ranks.reduce_scatter_start(x, counts, out).wait()
+        ranks.reduce_scatter_start(x, ranges_of(counts), out).wait()
         np.testing.assert_array_equal(out.astype(float), expected[mine])
         whole = np.full(length, 77, dtype)
         whole[mine] = out
         assert ranks.all_gather(whole, counts) is whole
         np.testing.assert_array_equal(whole.astype(float), expected)
+        whole = np.full(length, 77, dtype)
+        whole[mine] = out
+        ranks.all_gather_start(whole, ranges_of(counts)).wait()
+        np.testing.assert_array_equal(whole.astype(float), expected)
+
+
+def test_ranges_of_counts():
+    assert [ranges_of([2, 0, 3])(rank) for rank in range(3)] == [[(0, 2)], [(2, 2)], [(2, 5)]]
+    assert extent([(0, 2), (5, 5), (7, 10)]) == 5 and extent([]) == 0
+    pieces = in_messages(np.arange(5), [(0, 2), (5, 5), (7, 10)])
+    assert [piece.tolist() for piece in pieces] == [[0, 1], [], [2, 3, 4]]
+
+
+def rows_of_tensors(ranks):
+    """Ranges of three tensors in one flat array, cut by rows: (5, 3), 3 matrices (2, 4) cut one by one, (1, 2); and their length."""
+    tensors = [(0, 1, 5, 3), (15, 3, 2, 4), (39, 1, 1, 2)]      # where it begins, matrices, rows, columns
+
+    def ranges(rank):
+        found = []
+        for begin, matrices, rows, columns in tensors:
+            first, size = cut(rows, ranks.size, rank)
+            starts = [begin + (matrix * rows + first) * columns for matrix in range(matrices)]
+            found += [(start, start + size * columns) for start in starts if size]
+        return found
+    return ranges, 41
+
+
+def dealt(ranks):
+    """Ranges of single elements, as cards are dealt, some of them empty, in descending order; and their length."""
+    length = 3 * ranks.size + 1
+    return lambda rank: [(i, i) if i % 2 else (i, i + 1) for i in reversed(range(rank, length, ranks.size))] + [
+        (i, i + 1) for i in range(rank, length, ranks.size) if i % 2], length
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("form", [rows_of_tensors, dealt])
+def test_reduce_scatter_and_all_gather_of_several_ranges_a_rank(ranks, max_count, dtype, form):
+    ranges, length = form(ranks)
+    assert sorted(i for rank in range(ranks.size) for start, stop in ranges(rank) for i in range(start, stop)) == list(range(length))
+    if ranks.size > 1:
+        assert max(len(ranges(rank)) for rank in range(ranks.size)) > 2
+    mine = np.array([i for start, stop in ranges(ranks.rank) for i in range(start, stop)], int)
+    x = numbers((length,), 20, ranks.rank, dtype)
+    if ranks.size > 1 or form is rows_of_tensors:       # one rank has its array as it is
+        expected = of_all(ranks, (length,), 20).sum(0)
+        out = np.full(len(mine), 99, dtype)
+        ranks.reduce_scatter_start(x.copy(), ranges, out).wait()
+        np.testing.assert_array_equal(out.astype(float), expected[mine])
+        whole = np.full(length, 77, dtype)
+        whole[mine] = out
+        ranks.all_gather_start(whole, ranges).wait()
+        np.testing.assert_array_equal(whole.astype(float), expected)
+
+
+def test_a_reduce_scatter_may_put_its_part_into_what_it_sums(ranks, max_count):
+    counts = uneven(ranks, 7)
+    start = sum(counts[:ranks.rank])
+    mine = slice(start, start + counts[ranks.rank])
+    x = numbers((7,), 21, ranks.rank)
+    ranks.reduce_scatter_start(x, ranges_of(counts), x[mine]).wait()
+    expected = numbers((7,), 21, ranks.rank)
+    expected[mine] = of_all(ranks, (7,), 21).sum(0)[mine]
+    np.testing.assert_array_equal(x, expected)
+
+
+class Started:
+    """One of each started call, and what is to come of it."""
+
+    def __init__(self, ranks, seed):
+        size, rank = ranks.size, ranks.rank
+        counts, every = uneven(ranks, 7), of_all(ranks, (7,), seed)
+        mine = slice(sum(counts[:rank]), sum(counts[:rank]) + counts[rank])
+        summed, scattered, shifted = every[rank].copy(), np.zeros(counts[rank]), np.zeros(7)
+        gathered = np.zeros(7)
+        gathered[mine] = every[0, mine]
+        self.found = [summed, scattered, gathered, shifted]
+        self.expected = [every.sum(0), every.sum(0)[mine], every[0], every[rank - 1]]
+        self.calls = [ranks.all_reduce_start(summed), ranks.reduce_scatter_start(every[rank].copy(), ranges_of(counts), scattered),
+                      ranks.all_gather_start(gathered, ranges_of(counts)), ranks.shift_start(every[rank].copy(), shifted)]
+
+    def check(self):
+        for found, expected in zip(self.found, self.expected):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_started_calls_may_overlap_and_finish_in_any_order(ranks, max_count):
-    arrays = [numbers((10 + i,), 5 + i, ranks.rank) for i in range(6)]
-    pending = [ranks.all_reduce_start(x) for x in arrays]
-    for message in reversed(pending):
-        message.wait()
-    for i, x in enumerate(arrays):
-        np.testing.assert_array_equal(x, of_all(ranks, (10 + i,), 5 + i).sum(0))
+    started = [Started(ranks, 30 + i) for i in range(5)]
+    for each in reversed(started):
+        for call in reversed(each.calls):
+            call.wait()
+    for each in started:
+        each.check()
+
+
+def test_every_rank_may_drive_started_calls_on_in_an_order_of_its_own(ranks, max_count):
+    started = [Started(ranks, 40 + i) for i in range(5)]
+    calls = [call for each in started for call in each.calls]
+    order = np.random.default_rng([50, ranks.rank]).permutation(len(calls))
+    while not all([calls[number].test() for number in order]):
+        pass
+    for each in started:
+        each.check()
+
+
+def test_tags_of_started_calls_go_round(group):
+    if group.size == 1:
+        pytest.skip("needs ranks")
+    ranks = Group(group.handle, "tags")
+    ranks._tag = comm.FIRST_TAG + comm.NUM_TAGS - 3
+    started = Started(ranks, 60)                # its second call has the last tag
+    assert comm.FIRST_TAG <= ranks._tag < comm.FIRST_TAG + 4 and comm.FIRST_TAG + comm.NUM_TAGS <= 2**15
+    for call in started.calls:
+        call.wait()
+    started.check()
 
 
 # -- moving -------------------------------------------------------------------------------------------------------
@@ -185,6 +243,30 @@ def test_a_ring_of_messages(group, max_count, dtype):
         assert group.receive(y, left, tag=5) is y
         pending.wait()
         np.testing.assert_array_equal(y, numbers(shape, 7, left, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_shift_gives_to_the_next_rank_what_the_one_before_has(ranks, max_count, dtype):
+    before = (ranks.rank - 1) % ranks.size
+    for shape in [(0,), (1,), (4, 2)]:
+        x, out = numbers(shape, 8, ranks.rank, dtype), np.full(shape, 99, dtype)
+        ranks.shift_start(x, out).wait()
+        np.testing.assert_array_equal(out, numbers(shape, 8, before, dtype))
+
+
+def test_what_is_shifted_may_be_of_another_size_on_every_rank(ranks, max_count):
+    x, out = numbers((ranks.rank, 2), 9, ranks.rank), np.zeros(((ranks.rank - 1) % ranks.size, 2))
+    ranks.shift_start(x, out).wait()
+    np.testing.assert_array_equal(out, numbers(out.shape, 9, (ranks.rank - 1) % ranks.size))
+
+
+def test_what_is_shifted_as_often_as_there_are_ranks_is_at_home_again(ranks):
+    x = numbers((5,), 10, ranks.rank)
+    for _ in range(ranks.size):
+        out = np.zeros(5)
+        ranks.shift_start(x, out).wait()
+        x = out
+    np.testing.assert_array_equal(x, numbers((5,), 10, ranks.rank))
 
 
 def test_messages_of_two_tags_are_kept_apart(group):
@@ -251,150 +333,3 @@ def test_barrier_and_abort(ranks, monkeypatch):
     monkeypatch.setattr(comm.os, "_exit", codes.append)
     Solo().abort(77)
     assert codes == [77]
-
-
-def test_a_planned_group_has_a_place_and_does_nothing():
-    group = Planned(2, 5)
-    x = np.arange(4.0)
-    assert (group.rank, group.size) == (2, 5)
-    assert group.all_reduce(x) is x and group.all_gather(x, [4]) is x
-    out = np.full(1, 9.0)
-    group.reduce_scatter_start(x, [1] * 5, out).wait()
-    assert out[0] == 9.0
-
-
-# -- adjoint pairs: <F x, y> = <x, F* y> --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: np.dtype(dtype).name)
-def test_use_and_all_reduce_are_adjoint(ranks, dtype):
-    x = numbers((5, 3), 10, dtype=dtype)                        # same
-    y = numbers((5, 3), 11, ranks.rank, dtype)                  # partial
-    left = total(ranks, inner(ranks.use(x), y))
-    assert left == inner(x, ranks.all_reduce(y.copy()))
-    partial, same = numbers((5, 3), 12, ranks.rank, dtype), numbers((5, 3), 13, dtype=dtype)
-    left = inner(ranks.all_reduce(partial.copy()), same)
-    assert left == total(ranks, inner(partial, ranks.use(same)))
-
-
-def shape_with(dim, extent):
-    shape = [2, 3, 4]
-    shape[dim] = extent
-    return tuple(shape)
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("unit", [1, 2])
-def test_gather_and_scatter_sum_are_adjoint(ranks, max_count, dim, unit):
-    for length in [unit * n for n in lengths(ranks)]:
-        start, size = cut(length, ranks.size, ranks.rank, unit)
-        mine = [slice(None)] * 3
-        mine[dim] = slice(start, start + size)
-        whole = numbers(shape_with(dim, length), 14)
-        x = np.ascontiguousarray(whole[tuple(mine)])            # split
-        gathered = ranks.gather(x, dim, length, unit)           # same
-        np.testing.assert_array_equal(gathered, whole)
-        y = numbers(gathered.shape, 15, ranks.rank)             # partial
-        summed = ranks.scatter_sum(y, dim, length, unit)        # split
-        np.testing.assert_array_equal(summed, of_all(ranks, whole.shape, 15).sum(0)[tuple(mine)])
-        assert total(ranks, inner(gathered, y)) == total(ranks, inner(x, summed))
-        assert total(ranks, inner(summed, x)) == total(ranks, inner(y, ranks.gather(x, dim, length, unit)))
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: np.dtype(dtype).name)
-def test_gather_scatter_sum_and_exchange_of_half_precision(ranks, dtype):
-    start, size = cut(7, ranks.size, ranks.rank)
-    whole = numbers((3, 7), 16, dtype=dtype)
-    gathered = ranks.gather(whole[:, start:start + size], 1, 7)
-    assert gathered.dtype == dtype
-    np.testing.assert_array_equal(gathered, whole)
-    summed = ranks.scatter_sum(numbers((3, 7), 17, ranks.rank, dtype), 1, 7)
-    np.testing.assert_array_equal(summed.astype(float), of_all(ranks, (3, 7), 17).sum(0)[:, start:start + size])
-    np.testing.assert_array_equal(ranks.exchange(whole[:, start:start + size], 0, 1, 3, 7),
-                                  whole[slice(*np.cumsum(cut(3, ranks.size, ranks.rank)))])
-
-
-def test_gather_of_an_empty_other_dim(ranks):
-    start, size = cut(5, ranks.size, ranks.rank)
-    assert ranks.gather(np.zeros((size, 0)), 0, 5).shape == (5, 0)
-    assert ranks.scatter_sum(np.zeros((5, 0)), 0, 5).shape == (size, 0)
-
-
-@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (2, 0), (-1, 1)], ids=str)
-def test_exchange_is_its_own_adjoint_with_the_dims_swapped(ranks, dims):
-    split_dim, joined_dim = dims
-    for split_length, joined_length in [(7, 5), (1, 6), (5, 1), (0, 3), (ranks.size, ranks.size + 1)]:
-        shape = [2, 2, 2]
-        shape[split_dim], shape[joined_dim] = split_length, joined_length
-        whole = numbers(shape, 18)
-
-        def part(dim, length):
-            start, size = cut(length, ranks.size, ranks.rank)
-            index = [slice(None)] * 3
-            index[dim] = slice(start, start + size)
-            return tuple(index)
-        x = whole[part(joined_dim, joined_length)]
-        y = ranks.exchange(x, split_dim, joined_dim, split_length, joined_length)
-        np.testing.assert_array_equal(y, whole[part(split_dim, split_length)])
-        dy = numbers(y.shape, 19, ranks.rank)
-        dx = ranks.exchange(dy, joined_dim, split_dim, joined_length, split_length)
-        assert dx.shape == x.shape
-        assert total(ranks, inner(y, dy)) == total(ranks, inner(x, dx))
-        np.testing.assert_array_equal(ranks.exchange(y, joined_dim, split_dim, joined_length, split_length), x)
-
-
-# -- flight recorder ----------------------------------------------------------------------------------------------
-
-def test_the_flight_recorder_knows_the_last_calls(group):
-    if group.size == 1:
-        pytest.skip("needs ranks")
-    first = comm.recorder[-1].number if comm.recorder else 0
-    group.all_reduce(np.zeros((2, 3), np.float32))
-    group.broadcast(np.zeros(4, ml_dtypes.bfloat16))
-    group.barrier()
-    pending = group.reduce_scatter_start(np.zeros(group.size), [1] * group.size, np.zeros(1))
-    calls = list(comm.recorder)[-4:]
-    assert [call.number for call in calls] == [first + 1, first + 2, first + 3, first + 4]
-    assert [call.operation for call in calls] == ["all_reduce sum", "broadcast", "barrier", "reduce_scatter"]
-    assert [(call.shape, call.dtype) for call in calls] == [((2, 3), "float32"), ((4,), "bfloat16"), ((), ""), ((group.size,), "float64")]
-    assert all(call.seconds is not None for call in calls[:3]) and calls[3].seconds is None
-    assert comm.last_calls(1) == [f"#{first + 4} reduce_scatter over world [{group.size}] float64: not finished"]
-    pending.wait()
-    lines = comm.last_calls(4)
-    assert len(lines) == 4 and re.fullmatch(rf"#{first + 1} all_reduce sum over world \[2, 3\] float32: \d+\.\d+ s", lines[0])
-    assert lines[3].endswith(" s")
-
-
-def test_the_flight_recorder_enters_a_call_before_it_starts(group, monkeypatch):
-    if group.size == 1:
-        pytest.skip("needs ranks")
-
-    class Broken:
-        """A communicator that never gets to work."""
-        def Get_rank(self):
-            return 0
-
-        def Get_size(self):
-            return 2
-
-        def Bcast(self, part, root):
-            raise RuntimeError("the network is down")
-    with pytest.raises(RuntimeError):
-        comm.Group(Broken(), "broken").broadcast(np.zeros(3))
-    assert "broadcast over broken [3] float64: not finished" in comm.last_calls(1)[0]
-
-
-def test_the_flight_recorder_forgets_the_oldest():
-    for _ in range(comm.RECORD_LENGTH + 10):
-        comm.Call("x", "nothing", None)
-    assert len(comm.recorder) == comm.RECORD_LENGTH
-    assert comm.recorder[-1].number - comm.recorder[0].number == comm.RECORD_LENGTH - 1
-
-
-def test_the_device_is_synchronized_before_a_call(group):
-    if group.size == 1:
-        pytest.skip("needs ranks")
-    waits = []
-    watched = comm.Group(group.handle, "watched", lambda: waits.append(len(comm.recorder) and comm.recorder[-1].group))
-    watched.all_reduce(np.zeros(2))
-    watched.barrier()
-    assert len(waits) == 2 and waits[0] != "watched"

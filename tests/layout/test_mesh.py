@@ -56,6 +56,12 @@ def test_axes_of_one_rank_are_solo_and_groups_are_made_once():
     assert mesh.sizes == {"pp": 1, "dp": 2, "cp": 1, "tp": 1, "ep": 1}
 
 
+@pytest.mark.parametrize("axis", AXES)
+def test_an_axis_has_a_group_of_its_own_even_where_all_ranks_lie_along_it(axis):
+    mesh = Mesh.plan({axis: 3}, 1)
+    assert mesh[axis] is not mesh.world and (mesh.world.name, mesh[axis].name) == ("world", axis)
+
+
 def test_expert_groups_are_consecutive_ranks_of_dp_x_cp():
     sizes = {"pp": 1, "dp": 2, "cp": 2, "tp": 1, "ep": 2}
     assert [coordinates(sizes, rank)["ep"] for rank in range(4)] == [0, 1, 0, 1]
@@ -65,6 +71,73 @@ def test_expert_groups_are_consecutive_ranks_of_dp_x_cp():
         members = planned_experts(sizes, rank)
         mesh = Mesh.plan(sizes, rank)
         assert mesh.coord("ep") == members.index(rank) and mesh["ep"].size == 4 and mesh["ep"].rank == members.index(rank)
+
+
+# -- groups by what their members share ---------------------------------------------------------------------------
+
+SHARED = [("pp",), ("ends",), ("pp", "tp"), ("ends", "tp"), ("pp", ("tp", 2)), ("pp", "ep"), ("pp", "ep", "tp"), ("pp", "ep_group", "tp"),
+          ("dp", "cp", "tp"), ("pp", "dp", "cp"), ("pp", "cp", "tp"), ()]
+MESHES = [{"pp": pp, "dp": dp, "cp": cp, "tp": tp, "ep": ep}
+          for pp, dp, cp, tp, ep in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (1, 2, 4), (1, 2, 3, 6)) if dp * cp % ep == 0]
+
+
+def place_of(sizes, rank, key):
+    """What a key of `shared` says about a rank."""
+    coords = coordinates(sizes, rank)
+    replica = coords["dp"] * sizes["cp"] + coords["cp"]
+    if not isinstance(key, str):
+        return coords[key[0]] // key[1]
+    places = {"ends": coords["pp"] % (sizes["pp"] - 1 or 1), "ep": replica % sizes["ep"], "ep_group": replica // sizes["ep"]}
+    return (coords | places)[key]
+
+
+def sharing(sizes, rank, shared):
+    """The ranks that share all of `shared` with `rank`."""
+    num_ranks = sizes["pp"] * sizes["dp"] * sizes["cp"] * sizes["tp"]
+    return [other for other in range(num_ranks) if all(place_of(sizes, other, key) == place_of(sizes, rank, key) for key in shared)]
+
+
+@pytest.mark.parametrize("shared", SHARED, ids=str)
+def test_planned_groups_by_what_is_shared(shared):
+    for sizes in MESHES:
+        keys = {}
+        for rank in range(sizes["pp"] * sizes["dp"] * sizes["cp"] * sizes["tp"]):
+            mesh, members = Mesh.plan(sizes, rank), sharing(sizes, rank, shared)
+            found = mesh.group(shared)
+            assert mesh.members(shared) == members == mesh.members(mesh.canonical(shared))
+            assert (found.rank, found.size) == (members.index(rank), len(members))
+            assert found is mesh.group(shared) is mesh.group(mesh.canonical(shared))
+            if found.size > 1:
+                assert keys.setdefault(found.key, members) == members       # a key names one group
+        assert len(keys) == len({tuple(members) for members in keys.values()})
+
+
+def test_the_replicas_of_experts_and_the_ep_groups_meet_in_one_rank():
+    for sizes in MESHES:
+        for rank in range(sizes["pp"] * sizes["dp"] * sizes["cp"] * sizes["tp"]):
+            mesh = Mesh.plan(sizes, rank)
+            replicas, experts = mesh.members(("pp", "ep", "tp")), mesh.members(("pp", "ep_group", "tp"))
+            assert set(replicas) & set(experts) == {rank}
+            assert len(replicas) * len(experts) == mesh.size("dp", "cp") and len(experts) == sizes["ep"]
+            assert sorted(mesh.coords_of(other)["ep"] for other in experts) == list(range(sizes["ep"]))
+
+
+def test_what_names_the_same_groups_is_equal():
+    mesh = Mesh.plan({"dp": 2, "tp": 2}, 0)
+    assert mesh.canonical(("ends",)) == mesh.canonical(("pp",)) == mesh.canonical(("pp", "cp")) == mesh.canonical(("pp", "ep")) == ("pp",)
+    assert mesh.canonical(("pp", ("tp", 2))) == ("pp",) and mesh.canonical(("pp", ("tp", 1))) == ("pp", ("tp", 1))
+    assert mesh.canonical(("ends", "tp")) == mesh.canonical(("pp", "cp", "tp")) == ("pp", "tp")
+    mesh = Mesh.plan({"pp": 2, "dp": 2, "tp": 4, "ep": 2}, 0)
+    for shared in (("ends",), ("pp", "ep"), ("pp", "tp"), ("pp", ("tp", 2)), ("pp", "ep", "tp")):
+        assert mesh.canonical(shared) == shared
+
+
+def test_names_of_groups():
+    mesh = Mesh.plan({"pp": 2, "dp": 2, "cp": 2, "tp": 4, "ep": 2}, 0)
+    names = {("pp", "dp", "cp"): "tp", ("pp", "tp"): "dpxcp", ("pp",): "dpxcpxtp", ("ends", "dp", "cp", "tp"): "pp",
+             ("pp", "dp", "cp", ("tp", 2)): "2 of tp", ("pp", "ep_group", "tp"): "ep", ("pp", "ep", "tp"): "experts' replicas"}
+    assert {shared: mesh.group(shared).name for shared in names} == names
+    assert mesh["tp"].name == "tp" and mesh["dp", "cp"].name == "dpxcp" and mesh["ep"].name == "ep"
 
 
 def test_sizes_of_fills_in_the_rest():
@@ -99,11 +172,11 @@ def factorings(number):
 def test_groups_under_mpi_hold_the_planned_ranks(group):
     for sizes in factorings(group.size):
         mesh = Mesh(group, sizes)
-        for axes in SUBSETS + [tuple(reversed(axes)) for axes in SUBSETS]:
+        for axes in SUBSETS:
             members = planned_group(sizes, group.rank, axes)
             assert mesh[axes].collect(group.rank) == members
             assert mesh[axes].rank == members.index(group.rank)
-            assert mesh[axes] is mesh[axes]
+            assert mesh[axes] is mesh[axes] is mesh[tuple(reversed(axes))]      # always in the order of ranks
 
 
 @pytest.mark.ranks
@@ -113,6 +186,48 @@ def test_expert_groups_under_mpi(group):
         for experts in (size for size in range(1, replicas + 1) if replicas % size == 0):
             mesh = Mesh(group, sizes | {"ep": experts})
             assert mesh["ep"].collect(group.rank) == planned_experts(sizes | {"ep": experts}, group.rank)
+
+
+@pytest.mark.ranks
+def test_groups_under_mpi_hold_the_ranks_that_share(group):
+    for sizes in factorings(group.size):
+        replicas = sizes["dp"] * sizes["cp"]
+        for sizes in (sizes | {"ep": ep} for ep in range(1, replicas + 1) if replicas % ep == 0):
+            mesh = Mesh(group, sizes)
+            for shared in SHARED:
+                members = sharing(sizes, group.rank, shared)
+                found, planned = mesh.group(shared), Mesh.plan(sizes, group.rank).group(shared)
+                assert found.collect(group.rank) == members == mesh.members(shared)
+                assert (found.rank, found.size, found.name) == (planned.rank, planned.size, planned.name)
+                assert found is mesh.group(mesh.canonical(shared))
+
+
+@pytest.mark.ranks
+def test_a_stage_may_ask_for_groups_that_other_stages_never_ask_for(group):
+    """The ends for theirs, the stages between for none; each stage in an order of its own."""
+    mesh = Mesh(group, {"pp": group.size})
+    if mesh.coord("pp") in (0, group.size - 1):
+        assert mesh.group(("ends", "tp")).collect(group.rank) == sorted({0, group.size - 1})
+    for stage in range(group.size):
+        if mesh.coord("pp") == stage:
+            for shared in ([("pp", "tp"), ("pp", ("tp", 2))][::1 if stage % 2 else -1]):
+                assert mesh.group(shared).size == 1
+    if group.size == 4:
+        mesh = Mesh(group, {"pp": 2, "dp": 2})
+        if mesh.coord("pp") == 0:
+            assert mesh.group(("pp", "cp")).collect(group.rank) == [0, 1]
+        assert mesh.group(("ends",)).collect(group.rank) == [0, 1, 2, 3]
+        assert mesh["dp"].collect(group.rank) == sharing(mesh.sizes, group.rank, ("pp",))
+
+
+@pytest.mark.ranks
+def test_an_axis_under_mpi_has_a_communicator_of_its_own(group):
+    if group.size == 1:
+        pytest.skip("needs ranks")
+    for axis in AXES:
+        mesh = Mesh(group, {axis: group.size})
+        assert mesh[axis].name == axis and mesh[axis].handle != mesh.world.handle
+        assert mesh[axis].collect(group.rank) == list(range(group.size))
 
 
 @pytest.mark.ranks

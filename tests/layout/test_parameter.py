@@ -1,4 +1,4 @@
-"""Parameters: what is held and owned on any mesh, initial values, buckets under ZeRO 0, 1 and 2."""
+"""Parameters: what is held and owned on any mesh, which ranks are replicas, initial values."""
 
 import itertools
 import math
@@ -6,25 +6,19 @@ import math
 import numpy as np
 import pytest
 
-from mpillm.backend import open_backend
 from mpillm.layout.mesh import Mesh
-from mpillm.layout.parameter import Bucket, Constant, Normal, Parameter, Stack, key_of
-from mpillm.layout.slab import Slab
+from mpillm.layout.parameter import Constant, Normal, Parameter, buckets_of, key_of
+from placing import OPS, place, plans, ranks_of
 
-OPS = open_backend("cpu")
 MESHES = [{"dp": dp, "cp": cp, "tp": tp} for dp, cp, tp in itertools.product((1, 2, 3), (1, 2), (1, 2, 3, 4))]
 TENSORS = [     # shape, axes, unit
     ((20, 7), ("tp", None), 4), ((20, 7), (None, "tp"), 1), ((31, 5), ("tp", None), 1), ((31, 5), None, 1),
     ((7,), None, 1), ((20,), ("tp",), 4), ((1,), None, 1), ((2, 3), ("tp", None), 1), ((1, 2), (None, "tp"), 1),
 ]
-
-
-def ranks_of(sizes):
-    return math.prod(sizes.values())
-
-
-def plans(sizes):
-    return [Mesh.plan(sizes, rank) for rank in range(ranks_of(sizes))]
+EXPERTS = [     # shape, axes
+    ((5, 7, 3), ("ep", "tp", None)), ((5, 3, 7), ("ep", None, "tp")), ((6, 2, 3), ("ep", "tp", None)), ((6, 1, 2), ("ep", None, "tp")),
+    ((1, 4, 3), ("ep", "tp", None)),
+]
 
 
 @pytest.mark.parametrize("shape, axes, unit", TENSORS, ids=str)
@@ -34,7 +28,7 @@ def test_owned_slabs_cover_each_element_once(shape, axes, unit):
         parameter = Parameter("p", shape, Constant(0.0), axes, unit)
         for mesh in plans(sizes):
             held = parameter.held_by(mesh)
-            owned = parameter.owned_by(mesh, mesh.position(*parameter.replica_axes()))
+            owned = parameter.owned_by(mesh, mesh.members(parameter.shared).index(mesh.rank))
             count[owned.slices()] += 1
             np.zeros(held.shape)[owned.within(held)] += 1           # lies within held
             assert all(index.start >= 0 and index.stop <= extent for index, extent in zip(owned.within(held), held.shape))
@@ -51,18 +45,77 @@ def test_every_stage_of_a_pipeline_cuts_alike():
     sizes = {"pp": 2, "dp": 2, "cp": 1, "tp": 2}
     first, second = plans(sizes)[:4], plans(sizes)[4:]
     assert [parameter.held_by(mesh) for mesh in first] == [parameter.held_by(mesh) for mesh in second]
-    assert all(mesh.position(*parameter.replica_axes()) < 2 for mesh in first + second)
+    for mesh in first + second:
+        members = mesh.members(parameter.shared)
+        assert len(members) == 2 and {mesh.coords_of(rank)["pp"] for rank in members} == {mesh.coord("pp")}
+
+
+def check_cover(parameter, sizes, stages=(0,)):
+    """Over the ranks of these stages: owned slabs cover each element once, and replicas are the ranks with an equal held slab."""
+    count, meshes = np.zeros(parameter.shape, int), [mesh for mesh in plans(sizes) if mesh.coord("pp") in stages]
+    for mesh in meshes:
+        held, members = parameter.held_by(mesh), mesh.members(parameter.shared)
+        owned = parameter.owned_by(mesh, members.index(mesh.rank))
+        count[owned.slices()] += 1
+        assert all(index.start >= 0 and index.stop <= extent for index, extent in zip(owned.within(held), held.shape))
+        if held.size:
+            assert members == [other.rank for other in meshes if parameter.held_by(other) == held]
+    assert (count == 1).all(), sizes
+
+
+@pytest.mark.parametrize("shape, axes", EXPERTS, ids=str)
+def test_owned_slabs_of_experts_cover_each_element_once(shape, axes):
+    for sizes, ep in itertools.product(MESHES, (1, 2, 3, 4, 6)):
+        if sizes["dp"] * sizes["cp"] % ep == 0 and ep <= shape[0]:
+            check_cover(Parameter("p", shape, Constant(0.0), axes), sizes | {"ep": ep})
+            check_cover(Parameter("router", (shape[0], shape[2]), Constant(0.0), partial=True), sizes | {"ep": ep})
+
+
+@pytest.mark.parametrize("kv_heads, tp", [(1, 2), (1, 3), (1, 4), (2, 4), (2, 6), (3, 6), (4, 4), (4, 2), (1, 1)])
+@pytest.mark.parametrize("width", [None, 5])
+def test_key_value_heads_on_more_ranks_than_there_are(kv_heads, tp, width):
+    """Each head on tp / kv_heads neighbours, whose owned parts of it cover it once."""
+    shape, axes, d = (4 * kv_heads,) + ((width,) if width else ()), ("tp", None)[:1 + bool(width)], 4
+    parameter = Parameter("key", shape, Constant(0.0), axes, d, copies=max(1, tp // kv_heads))
+    assert parameter.partial == (tp > kv_heads)
+    for dp, cp in itertools.product((1, 2, 3), (1, 2)):
+        sizes = {"dp": dp, "cp": cp, "tp": tp}
+        check_cover(parameter, sizes)
+        for mesh in plans(sizes):
+            held, first = parameter.held_by(mesh), mesh.coord("tp") * kv_heads // tp
+            assert (held.start[0], held.shape[0]) == (d * first, d * max(1, kv_heads // tp))
+            assert len(mesh.members(parameter.shared)) == dp * cp * max(1, tp // kv_heads)
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+def test_a_tied_table_is_owned_once_by_the_two_ends(pp):
+    for dp, cp, tp in itertools.product((1, 2, 3), (1, 2), (1, 2, 3)):
+        sizes, table = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}, Parameter("table", (31, 5), Constant(0.0), ("tp", None), tied=pp > 1)
+        check_cover(table, sizes, stages={0, pp - 1})
+        for mesh in plans(sizes):
+            if mesh.coord("pp") in (0, pp - 1):
+                members = mesh.members(table.shared)
+                assert len(members) == dp * cp * len({0, pp - 1}) and {mesh.coords_of(rank)["pp"] for rank in members} == {0, pp - 1}
+
+
+def test_axes_that_are_the_same_on_all_ranks_of_a_group_are_not_told_apart():
+    """Under ep = 1 experts are replicated as any matrix that tp splits, so one bucket takes both."""
+    experts, matrix = Parameter("e", (4, 6, 3), Constant(0.0), ("ep", "tp", None)), Parameter("m", (6, 3), Constant(0.0), ("tp", None))
+    vector, copies = Parameter("v", (3,), Constant(0.0)), Parameter("k", (4, 3), Constant(0.0), ("tp", None), 4, copies=2)
+
+    def names(**sizes):
+        buckets = buckets_of("b", [experts, vector, matrix, copies], Mesh.plan(sizes, 0))
+        return [[parameter.name for parameter in bucket.parameters] for bucket in buckets]
+    assert names() == names(dp=4) == [["e", "v", "m", "k"]]
+    assert names(dp=2, tp=2) == [["e", "m"], ["v", "k"]]        # two copies on two ranks: the same everywhere
+    assert names(dp=2, tp=4) == [["e", "m"], ["v"], ["k"]]
+    assert names(dp=2, ep=2) == [["e"], ["v", "m", "k"]]
+    assert names(dp=2, ep=2, tp=4) == [["e"], ["v"], ["m"], ["k"]]
 
 
 def test_matrices_decay_and_vectors_do_not():
     assert Parameter("p", (2, 3), Constant(0.0)).decay and not Parameter("p", (3,), Constant(0.0)).decay
     assert not Parameter("p", (2, 3), Constant(0.0), decay=False).decay
-
-
-def place(parameters, sizes=None, rank=0, zero=0, dtype=np.float64):
-    bucket = Bucket("bucket", parameters)
-    bucket.place(Mesh.plan(sizes or {}, rank), zero, OPS, dtype)
-    return bucket
 
 
 # -- initial values -----------------------------------------------------------------------------------------------
@@ -80,6 +133,36 @@ def test_initial_values_of_a_slab_are_that_slice_of_the_whole(shape, axes, unit,
             place([part], sizes, rank, dtype=dtype)
             part.initialize(OPS, seed=3)
             np.testing.assert_array_equal(part.value, whole.value[part.held.slices()])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("shape, axes", EXPERTS, ids=str)
+def test_initial_values_of_experts(shape, axes, zero):
+    meshes = [{"tp": 2}, {"dp": 2, "ep": min(2, shape[0])}, {"dp": 3, "cp": 2, "tp": 2}]
+    check_initial_values(lambda: Parameter("e", shape, Normal(0.02), axes), meshes, zero)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_initial_values_of_copies_and_of_a_tied_table(zero):
+    check_initial_values(lambda: Parameter("k", (8, 5), Normal(0.02), ("tp", None), 4, copies=2), [{"tp": 4, "dp": 2}], zero)
+    check_initial_values(lambda: Parameter("t", (31, 5), Normal(0.02), ("tp", None), tied=True), [{"pp": 2, "tp": 3, "dp": 2}], zero)
+
+
+def check_initial_values(make, meshes, zero):
+    """What every rank of the meshes keeps against that slice of what one rank keeps."""
+    whole = make()
+    whole.copies = 1
+    place([whole])
+    whole.initialize(OPS, seed=3)
+    assert len(np.unique(whole.value)) == whole.value.size
+    for sizes in meshes:
+        for rank in range(ranks_of(sizes)):
+            part = make()
+            bucket = place([part], sizes, rank, zero)
+            part.initialize(OPS, seed=3)
+            np.testing.assert_array_equal(part.master, whole.value[part.updated.slices()])
+            if bucket.zero < 3:
+                np.testing.assert_array_equal(part.value, whole.value[part.held.slices()])
 
 
 def test_initial_values_depend_on_seed_and_name_and_have_their_spread():
@@ -101,97 +184,3 @@ def test_constant_initial_values():
     place([parameter])
     parameter.initialize(OPS, 1)
     assert (parameter.value == 1.0).all()
-
-
-# -- buckets ------------------------------------------------------------------------------------------------------
-
-def some(split=False):
-    axes = ("tp", None) if split else None
-    return [Parameter("a", (20, 3), Normal(1.0), axes, 4), Parameter("b", (7, 2), Normal(1.0), axes),
-            Parameter("c", (1, 2), Normal(1.0), axes), Parameter("d", (5,), Constant(0.0), axes and ("tp",))]
-
-
-@pytest.mark.parametrize("sizes", [{}, {"dp": 2}, {"dp": 3, "cp": 2}, {"dp": 2, "tp": 3}, {"dp": 9}], ids=str)
-@pytest.mark.parametrize("split", [False, True], ids=["same", "split"])
-def test_pack_orders_by_owner_and_unpack_reverses_it(sizes, split):
-    for rank in range(ranks_of(sizes)):
-        bucket = place(some(split), sizes, rank, zero=1)
-        held = np.arange(bucket.values.size, dtype=np.float64)
-        packed = bucket.pack(held)
-        assert sorted(packed) == list(held) and sum(bucket.counts) == held.size
-        start = sum(bucket.counts[:bucket.group.rank])
-        mine = packed[start:start + bucket.counts[bucket.group.rank]]
-        expected = [bucket._part(held, p)[p.owned.within(p.held)].reshape(-1) for p in bucket.parameters]
-        np.testing.assert_array_equal(mine, np.concatenate(expected))
-        back = np.full_like(held, -1.0)
-        bucket.unpack(packed, back)
-        np.testing.assert_array_equal(back, held)
-
-
-def test_values_lie_one_after_the_other_and_a_stack_is_one_matrix():
-    query, key, bias = Parameter("q", (4, 3), Normal(1.0)), Parameter("k", (2, 3), Normal(1.0)), Parameter("b", (6,), Constant(0.0))
-    bucket = place([query, key, bias])
-    bucket.values[:] = np.arange(24)
-    stack = Stack(query, key)
-    np.testing.assert_array_equal(stack.value, np.concatenate([query.value, key.value]))
-    assert np.shares_memory(stack.value, bucket.values) and np.shares_memory(query.value, bucket.values)
-    stack.grad[...] = 5.0
-    assert (query.grad == 5.0).all() and (key.grad == 5.0).all() and (bias.grad == 0.0).all()
-    assert not Stack(query, key).accumulates() and Stack(query, key).accumulates()
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_what_a_rank_keeps(zero, rank):
-    bucket = place(some(), {"dp": 3}, rank, zero)
-    for parameter in bucket.parameters:
-        assert parameter.held == Slab.whole(parameter.shape)
-        assert parameter.owned == parameter.held.cut(0, 3, rank)
-        assert parameter.updated == (parameter.held if zero == 0 else parameter.owned)
-        for array in (parameter.master, parameter.moment1, parameter.moment2):
-            assert array.shape == parameter.updated.shape
-        assert not parameter.moment1.any() and not parameter.moment2.any()
-        assert parameter.owned_grad.shape == parameter.updated.shape
-        parameter.value[...] = 3.0
-        assert (parameter.master == 3.0).all()
-    if zero == 0:
-        assert bucket.owned_grads is None
-        assert all(np.shares_memory(p.owned_grad, bucket.grads) for p in bucket.parameters)
-    else:
-        assert bucket.owned_grads.size == bucket.counts[rank] == sum(p.owned.size for p in bucket.parameters)
-        bucket.owned_grads[:] = np.arange(bucket.counts[rank])
-        joined = np.concatenate([p.owned_grad.reshape(-1) for p in bucket.parameters])
-        np.testing.assert_array_equal(joined, bucket.owned_grads)
-
-
-def test_zero_on_one_replica_is_zero_0():
-    bucket = place(some(True), {"tp": 2}, 1, zero=2)
-    assert bucket.zero == 0 and bucket.owned_grads is None
-    assert all(p.updated == p.held for p in bucket.parameters)
-
-
-def test_freed_gradients_are_made_again_unwritten_when_asked_for():
-    matrix, vector = Parameter("m", (3, 2), Normal(1.0)), Parameter("v", (2,), Constant(0.0))
-    bucket = place([matrix, vector], {"dp": 2}, 0, zero=2)
-    assert bucket._grads is None                # none before the first backward
-    assert not matrix.accumulates()
-    matrix.grad[...], vector.grad[...] = 1.0, 1.0
-    assert matrix.accumulates()
-    bucket.free_grads()
-    assert bucket._grads is None
-    assert (vector.grad == 0.0).all()           # vectors are always added to
-    assert matrix.fresh and not matrix.accumulates()
-
-
-def test_clear_makes_the_next_gradient_be_written():
-    matrix, vector = Parameter("m", (3, 2), Normal(1.0)), Parameter("v", (2,), Constant(0.0))
-    bucket = place([matrix, vector])
-    bucket.grads[:] = 4.0
-    matrix.accumulates()
-    bucket.clear()
-    assert matrix.fresh and (matrix.grad == 4.0).all() and (vector.grad == 0.0).all()
-
-
-def test_parameters_of_a_bucket_are_replicated_alike():
-    with pytest.raises(ValueError, match="b: parameters of bucket bucket are replicated over different axes"):
-        place([Parameter("a", (4, 2), Normal(1.0), ("tp", None)), Parameter("b", (4, 2), Normal(1.0))], {"tp": 2})

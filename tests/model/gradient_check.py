@@ -6,7 +6,8 @@ from mpillm.backend import open_backend
 from mpillm.layout.mesh import Mesh
 from mpillm.layout.parameter import Bucket, Constant, Parameter
 from mpillm.model.batch import Batch
-from mpillm.model.transformer import Shape, Transformer
+from mpillm.model.shape import Shape
+from mpillm.model.transformer import Transformer
 
 OPS = open_backend("cpu")
 STEP = 1e-3                     # of the differences; their error is of order STEP^4
@@ -32,7 +33,7 @@ def batch_of(b, t, vocabulary=7, dropout=0.0, first=0, seed=0):
     random = np.random.default_rng(seed)
     tokens, targets = random.integers(0, vocabulary, (2, b, t))
     scale = random.random((b, t)) * (random.random((b, t)) > 1 / 3)
-    return Batch(tokens, targets, scale, np.arange(first, first + t), np.arange(10, 10 + b), 3, dropout)
+    return Batch(tokens, targets, scale, np.arange(first, first + t), np.arange(10, 10 + b), 3, dropout, first + t)
 
 
 def slope(function, array, direction):
@@ -106,18 +107,17 @@ def small_shape(family="llama", tied=True, heads=5, kv_heads=None, layers=2, wid
 def small_model(dtype=np.float64, recompute="none", seed=1, spread=0.3, **shape):
     """A placed model on one rank, its initial values moved by random ones so that no bias is zero."""
     model = Transformer(OPS, small_shape(**shape), dtype, seed, recompute)
-    model.place(Mesh.plan({}, 0), 0)
+    model.place()
     model.initialize()
     for number, parameter in enumerate(model.parameters()):
-        parameter.value += (spread * values(*parameter.shape, seed=number)).astype(dtype)
+        parameter.value[...] += (spread * values(*parameter.shape, seed=number)).astype(dtype)
     return model
 
 
 def run(model, batch):
     """Loss of a batch, with the gradients added."""
     loss, saved = model.forward(batch)
-    for _ in model.backward(saved, batch):
-        pass
+    model.backward(saved, batch)
     return loss
 
 

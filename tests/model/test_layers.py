@@ -4,17 +4,24 @@ import numpy as np
 import pytest
 
 from gradient_check import OPS, batch_of, check_layer, check_slopes, parameters, small_shape, values
+from mpillm.layout.comm import Solo
 from mpillm.layout.mesh import Mesh
 from mpillm.layout.parameter import Stack
 from mpillm.model import loss as loss_file
-from mpillm.model.attention import Attention
-from mpillm.model.block import Block, Recompute
+from mpillm.model.attention import Attention, Heads
+from mpillm.model.block import Block, Recompute, Setting
+from mpillm.model.context import Local
 from mpillm.model.embedding import Embedding
-from mpillm.model.linear import Linear
+from mpillm.model.linear import Linear, RowLinear
 from mpillm.model.loss import OutputLoss
 from mpillm.model.mlp import GeluMLP, SwiGLU
 from mpillm.model.norm import LayerNorm, RMSNorm
+from mpillm.model.region import Region
 from mpillm.model.rope import Rope, angles
+from mpillm.model.shape import Layout
+
+REGION = Region(Solo(), False)       # of one rank
+KEPT = pytest.mark.parametrize("light", [False, True], ids=["kept", "light"])
 
 
 # -- products and norms -------------------------------------------------------------------------------------------
@@ -62,18 +69,38 @@ def test_layer_norm(width):
     check_layer(made, x, lambda: layer.forward(x), layer.backward)
 
 
-def test_gelu_mlp():
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_row_linear_on_one_rank_is_a_linear(biased):
+    made = parameters(w=(5, 7), **({"b": (5,)} if biased else {}))
+    weight, bias = made[0], made[1] if biased else None
+    layer, x = RowLinear(OPS, weight, bias, REGION), values(11, 7)
+    np.testing.assert_array_equal(layer.forward(x)[0], Linear(OPS, weight, bias).forward(x)[0])
+    check_layer(made, x, lambda: layer.forward(x), layer.backward)
+
+
+def test_a_linear_writes_where_it_is_told():
+    made, x, out = parameters(w=(5, 7), b=(5,)), values(3, 7), np.full((3, 9), np.nan)
+    y, _ = Linear(OPS, *made).forward(x, out=out[:, 2:7])
+    assert np.shares_memory(y, out) and np.isnan(out[:, :2]).all() and np.isnan(out[:, 7:]).all()
+    np.testing.assert_array_equal(out[:, 2:7], Linear(OPS, *made).forward(x)[0])
+
+
+@KEPT
+def test_gelu_mlp(light):
     made = parameters(u=(11, 6), bu=(11,), d=(6, 11), bd=(6,))
-    layer, x = GeluMLP(OPS, Linear(OPS, *made[:2]), Linear(OPS, *made[2:])), values(9, 6)
-    check_layer(made, x, lambda: layer.forward(x), layer.backward)
+    layer = GeluMLP(OPS, Linear(OPS, *made[:2]), RowLinear(OPS, *made[2:], REGION), REGION, light)
+    x, batch = values(9, 6), batch_of(3, 3)
+    check_layer(made, x, lambda: layer.forward(x, batch), lambda dy, saved: layer.backward(dy, saved, batch))
 
 
-def test_swiglu():
+@KEPT
+def test_swiglu(light):
     made = parameters(g=(11, 6), u=(11, 6), d=(6, 11))
-    layer, x = SwiGLU(OPS, Linear(OPS, Stack(*made[:2])), Linear(OPS, made[2])), values(9, 6)
+    layer = SwiGLU(OPS, Linear(OPS, Stack(*made[:2])), RowLinear(OPS, made[2], None, REGION), REGION, light)
+    x, batch = values(9, 6), batch_of(3, 3)
     gate, up = x @ made[0].value.T, x @ made[1].value.T
-    np.testing.assert_allclose(layer.forward(x)[0], (gate / (1 + np.exp(-gate)) * up) @ made[2].value.T, rtol=1e-12)
-    check_layer(made, x, lambda: layer.forward(x), layer.backward)
+    np.testing.assert_allclose(layer.forward(x, batch)[0], (gate / (1 + np.exp(-gate)) * up) @ made[2].value.T, rtol=1e-12)
+    check_layer(made, x, lambda: layer.forward(x, batch), lambda dy, saved: layer.backward(dy, saved, batch))
 
 
 # -- embedding ----------------------------------------------------------------------------------------------------
@@ -83,7 +110,7 @@ def test_swiglu():
 @pytest.mark.parametrize("first", [0, 3])
 def test_embedding(positions, dropout, first):
     made = parameters(tokens=(7, 6), **({"positions": (9, 6)} if positions else {}))
-    layer = Embedding(OPS, made[0], made[1] if positions else None, 77)
+    layer = Embedding(OPS, made[0], made[1] if positions else None, REGION, 77)
     batch = batch_of(3, 5, dropout=dropout, first=first)        # 15 tokens of 7: some twice
     check_layer(made, None, lambda: layer.forward(batch), lambda dy, saved: layer.backward(dy, saved, batch))
     if not dropout:
@@ -93,28 +120,33 @@ def test_embedding(positions, dropout, first):
 
 def test_embedding_of_part_of_a_sequence_drops_as_the_whole():
     made = parameters(tokens=(7, 6), positions=(9, 6))
-    layer, whole = Embedding(OPS, *made, 77), batch_of(3, 9, dropout=0.4)
+    layer, whole = Embedding(OPS, *made, REGION, 77), batch_of(3, 9, dropout=0.4)
     part = whole._replace(tokens=whole.tokens[1:, 4:8], positions=whole.positions[4:8], samples=whole.samples[1:])
     np.testing.assert_array_equal(layer.forward(part)[0].reshape(2, 4, 6), layer.forward(whole)[0].reshape(3, 9, 6)[1:, 4:8])
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
 
-def attention(heads, kv_heads, d, width, rope, biased=False):
+def attention(heads, kv_heads, d, width, rope, biased=False, light=False, apart=False):
+    """`apart`: queries in a Linear of their own, as where key/value heads are held by several ranks."""
     shapes = {"q": (heads * d, width), "k": (kv_heads * d, width), "v": (kv_heads * d, width)}
     biases = {"bq": (heads * d,), "bk": (kv_heads * d,), "bv": (kv_heads * d,)} if biased else {}
     made = parameters(**shapes, **biases, o=(width, heads * d))
-    qkv = Linear(OPS, Stack(*made[:3]), Stack(*made[3:6]) if biased else None)
+    stacks = [slice(0, 1), slice(1, 3)] if apart else [slice(0, 3)]
+    projections = [Linear(OPS, Stack(*made[:3][part]), Stack(*made[3:6][part]) if biased else None) for part in stacks]
     turn = Rope(OPS, d, 100.0, np.float64) if rope else None
-    return made, Attention(OPS, qkv, Linear(OPS, made[-1]), heads, kv_heads, d, turn, 99)
+    output, core = RowLinear(OPS, made[-1], None, REGION), Local(OPS, d ** -0.5)
+    return made, Attention(OPS, projections, output, Heads(heads, kv_heads, d, 0), turn, core, REGION, 99, light)
 
 
 @pytest.mark.parametrize("heads, kv_heads, d, rope, dropout, biased", [
     (2, 2, 3, False, 0.0, False), (2, 2, 3, False, 0.0, True), (4, 2, 4, True, 0.0, False), (5, 1, 2, True, 0.0, False),
     (5, 5, 4, True, 0.3, False), (6, 3, 2, True, 0.3, True), (1, 1, 5, False, 0.5, True),
 ])
-def test_attention(heads, kv_heads, d, rope, dropout, biased):
-    made, layer = attention(heads, kv_heads, d, 7, rope, biased)
+@KEPT
+@pytest.mark.parametrize("apart", [False, True], ids=["one projection", "queries apart"])
+def test_attention(heads, kv_heads, d, rope, dropout, biased, apart, light):
+    made, layer = attention(heads, kv_heads, d, 7, rope, biased, light, apart)
     batch, x = batch_of(2, 6, dropout=dropout), 0.5 * values(12, 7)
     check_layer(made, x, lambda: layer.forward(x, batch), lambda dy, saved: layer.backward(dy, saved, batch))
 
@@ -148,6 +180,13 @@ def test_rope_turns_by_position_and_grows():
             np.testing.assert_array_equal(part, whole)
 
 
+@pytest.mark.parametrize("positions", [[0, 1, 6, 7], [2, 3, 4, 5], [7], [0], []], ids=str)
+def test_rope_at_the_positions_of_a_context_parallel_rank(positions):
+    positions = np.array(positions, np.int64)
+    for part, whole in zip(Rope(OPS, 6, 100.0, np.float64).at(positions), angles(positions, 6, 100.0)):
+        np.testing.assert_array_equal(part, whole)
+
+
 # -- output and loss ----------------------------------------------------------------------------------------------
 
 def plain_loss(x, table, batch):
@@ -162,7 +201,7 @@ def plain_loss(x, table, batch):
 def test_output_loss(monkeypatch, chunk_elements, b, t):
     monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", chunk_elements)
     table, = parameters(table=(31, 6))
-    layer, batch, x = OutputLoss(OPS, table), batch_of(b, t, vocabulary=31), values(b * t, 6)
+    layer, batch, x = OutputLoss(OPS, table, REGION), batch_of(b, t, vocabulary=31), values(b * t, 6)
     num_chunks = 1 if chunk_elements > 1 else -(-b * t // 64)      # 10, 150 and 128 tokens: 1, 3 and 2 chunks
     assert -(-b * t // layer.chunk(b * t)) == num_chunks and layer.chunk(b * t) * num_chunks - b * t < num_chunks
     loss, saved = layer.forward(x, batch)
@@ -178,7 +217,7 @@ def test_chunks_change_no_number_beyond_rounding(monkeypatch):
     for elements in (4 * 2**20, 1):
         monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", elements)
         table, = parameters(table=(31, 6))
-        layer = OutputLoss(OPS, table)
+        layer = OutputLoss(OPS, table, REGION)
         loss, saved = layer.forward(values(150, 6), batch_of(10, 15, vocabulary=31))
         results.append((loss, saved.dx, table.grad))
     for whole, chunked in zip(*results):
@@ -187,7 +226,7 @@ def test_chunks_change_no_number_beyond_rounding(monkeypatch):
 
 def test_targets_of_weight_0_count_for_nothing():
     table, = parameters(table=(31, 6))
-    layer, batch, x = OutputLoss(OPS, table), batch_of(4, 5, vocabulary=31), values(20, 6)
+    layer, batch, x = OutputLoss(OPS, table, REGION), batch_of(4, 5, vocabulary=31), values(20, 6)
     masked = batch.scale == 0
     assert 0 < masked.sum() < 20
     loss, saved = layer.forward(x, batch)
@@ -205,37 +244,39 @@ def test_targets_of_weight_0_count_for_nothing():
 
 def test_the_loss_of_large_logits_is_finite():
     table, = parameters(table=(5, 2))
-    table.value *= 1e4
-    loss, saved = OutputLoss(OPS, table).forward(values(6, 2), batch_of(2, 3, vocabulary=5))
+    table.value[...] *= 1e4
+    loss, saved = OutputLoss(OPS, table, REGION).forward(values(6, 2), batch_of(2, 3, vocabulary=5))
     assert np.isfinite(loss) and np.isfinite(saved.dx).all()
 
 
 def test_no_gradient_when_not_training():
     table, = parameters(table=(31, 6))
-    _, saved = OutputLoss(OPS, table).forward(values(20, 6), batch_of(4, 5, vocabulary=31), training=False)
+    _, saved = OutputLoss(OPS, table, REGION).forward(values(20, 6), batch_of(4, 5, vocabulary=31), training=False)
     assert saved is None and table.fresh
 
 
 # -- blocks -------------------------------------------------------------------------------------------------------
 
-def block_of(family, **shape):
+def block_of(family, light=False, **shape):
     shape = small_shape(family, **shape)
     rope = Rope(OPS, shape.head_width, 100.0, np.float64) if family == "llama" else None
-    block = Block(OPS, 0, shape, rope, seed=1)
-    block.bucket.place(Mesh.plan({}, 0), 0, OPS, np.float64)
-    for number, parameter in enumerate(block.bucket.parameters):
+    mesh = Mesh.plan({}, 0)
+    block = Block(0, Setting(OPS, shape, mesh, Layout(), rope, 1, light))
+    for bucket in block.buckets:
+        bucket.place(mesh, 0, OPS, np.float64)
+    for number, parameter in enumerate(block.parameters):
         parameter.value[...] = 0.5 * values(*parameter.shape, seed=number)
     return block
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("family, kv_heads", [("gpt", 5), ("llama", 5), ("llama", 1)])
 def test_block(family, kv_heads, dropout, recompute):
-    block = block_of(family, kv_heads=kv_heads)
-    layer = Recompute(block) if recompute else block
+    block = block_of(family, recompute == "selective", kv_heads=kv_heads)
+    layer = Recompute(block) if recompute == "block" else block
     batch, x = batch_of(2, 6, dropout=dropout), values(12, 20)
-    check_layer(block.bucket.parameters, x, lambda: layer.forward(x, batch), lambda dy, saved: layer.backward(dy, saved, batch))
+    check_layer(block.parameters, x, lambda: layer.forward(x, batch), lambda dy, saved: layer.backward(dy, saved, batch))
 
 
 def test_a_recomputed_block_keeps_only_its_input():
@@ -244,8 +285,16 @@ def test_a_recomputed_block_keeps_only_its_input():
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_selective_recompute_keeps_neither_activations_nor_attention(family):
+    x, batch = values(12, 20), batch_of(2, 6)
+    kept, light = [block_of(family, light).forward(x, batch)[1] for light in (False, True)]
+    assert kept.attention.out is not None and kept.attention.lse is not None and kept.mlp.down_input is not None
+    assert light.attention.out is light.attention.lse is light.mlp.down_input is None
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_names_of_a_block(family):
-    names = [parameter.name.removeprefix("blocks.0.") for parameter in block_of(family).bucket.parameters]
+    names = [parameter.name.removeprefix("blocks.0.") for parameter in block_of(family).parameters]
     linear = ["attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"]
     norms = ["attention_norm", "mlp_norm"]
     if family == "gpt":

@@ -13,9 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mpillm.backend import open_backend
 from mpillm.config import job_from_dict
-from mpillm.layout.comm import Solo
-from mpillm.layout.mesh import Mesh
-from mpillm.model.transformer import Shape, Transformer
+from mpillm.model.shape import Shape
+from mpillm.model.transformer import Transformer
 
 torch.set_num_threads(1)
 
@@ -61,7 +60,7 @@ def make_model(job, ops=None):
     """mpillm's model of a job on this process alone, weights not yet set."""
     shape = Shape.of(job.model, None)
     model = Transformer(ops or open_backend("cpu"), shape, np.dtype(job.precision.compute), job.train.seed)
-    model.place(Mesh(Solo(), {}), 0)
+    model.place()
     return model
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from mpillm.backend import open_backend
 from mpillm.config import job_from_dict
 from mpillm.layout.comm import Solo
-from mpillm.layout.mesh import Mesh
-from mpillm.model.transformer import Shape, Transformer
+from mpillm.layout.mesh import Mesh, sizes_of
+from mpillm.model.shape import Layout, Shape
+from mpillm.model.transformer import Transformer
 from mpillm.train.gradients import Gradients
 from mpillm.train.optimizer import AdamW
 from mpillm.train.step import Trainer
@@ -47,15 +48,18 @@ def job_of(family="llama", **sections):
 
 
 def trainer_of(job, group=None):
-    """A Trainer on all ranks of `group` as data-parallel ranks, or on this rank alone."""
-    group = group or Solo()
-    mesh = Mesh(group, {"dp": group.size})
-    model = Transformer(OPS, Shape.of(job.model, VOCABULARY), np.dtype(job.precision.compute), job.train.seed, job.train.recompute)
-    model.place(mesh, job.mesh.zero)
+    """A Trainer on all ranks of `group` in the layout of the job, or on this rank alone."""
+    alone = group is None
+    mesh = Mesh(group or Solo(), {} if alone else sizes_of(job.mesh, group.size))
+    layout = Layout() if alone else Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
+    model = Transformer(OPS, Shape.of(job.model, VOCABULARY), np.dtype(job.precision.compute), job.train.seed, job.train.recompute, mesh, layout)
+    model.place(0 if alone else job.mesh.zero)
     model.initialize()
-    for number, parameter in enumerate(model.parameters()):     # so that no bias and no norm is at its special value
-        change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
-        parameter.value += change[parameter.held.slices()].astype(model.dtype)
+    for number, parameter in enumerate(model.every_parameter()):     # so that no bias and no norm is at its special value
+        if parameter.bucket is not None:
+            change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
+            slab, array = (parameter.owned, parameter.master) if parameter.bucket.zero == 3 else (parameter.held, parameter.value)
+            array += change[slab.slices()].astype(model.dtype)
     return Trainer(OPS, model, Gradients(OPS, model.buckets), AdamW(OPS, model.buckets, job.optimizer), mesh, job)
 
 
@@ -74,7 +78,7 @@ def steps_of(trainer, count, source=None, keep_gradients=True):
         results.append(trainer.train_step(step, source, (step - 1) * batch))
         if keep_gradients:
             gradients.append({p.name: (p.updated, p.owned_grad.copy()) for p in trainer.model.parameters()})
-    weights = {p.name: (p.held, p.value.copy()) for p in trainer.model.parameters()}
+    weights = {p.name: (p.updated, p.master.copy()) if p.bucket.zero == 3 else (p.held, p.value.copy()) for p in trainer.model.parameters()}
     return Trace([r.loss for r in results], [r.grad_norm for r in results], gradients, weights)
 
 
@@ -85,14 +89,14 @@ def worst_gradient(found, expected):
     """
     sizes = {name: float(np.abs(expected[name.replace("key.bias", "key.weight")][1]).max()) for name in expected}
     least = 1e-6 * max(sizes.values())
-    return max((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(sizes[name], least), name)
-               for name, (slab, array) in found.items())
+    return max(((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(sizes[name], least), name)
+                for name, (slab, array) in found.items()), default=(0.0, "no parameters"))
 
 
 def worst_weight(found, expected, rate):
     """The same for weights."""
-    return max((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(float(np.abs(expected[name][1]).max()), rate), name)
-               for name, (slab, array) in found.items())
+    return max(((float(np.abs(array - expected[name][1][slab.slices()]).max(initial=0)) / max(float(np.abs(expected[name][1]).max()), rate), name)
+                for name, (slab, array) in found.items()), default=(0.0, "no parameters"))
 
 
 def worst_of_all(group, pair):

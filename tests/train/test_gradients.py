@@ -1,8 +1,9 @@
-"""When reductions start, how long held gradients live, and a step with a gradient that is not finite."""
+"""When reductions start, how long held gradients and values live, and a step with a gradient that is not finite."""
 
 import numpy as np
 import pytest
 
+from mpillm.train import gradients
 from small_jobs import OPS, Source, job_of, steps_of, trainer_of
 
 pytestmark = pytest.mark.ranks
@@ -17,16 +18,17 @@ def record(trainer, monkeypatch):
         start(bucket, last)
         events.append(("start", bucket.name, last, len(trainer.gradients.pending)))
     monkeypatch.setattr(trainer.gradients, "start", recorded_start)
-    for block in trainer.model.blocks:
+    for block in trainer.model.blocks.values():
         def recorded_backward(*arguments, block=block, backward=block.backward):
-            events.append(("backward", block.bucket.name))
+            events.append(("backward", block.name))
             return backward(*arguments)
         monkeypatch.setattr(block, "backward", recorded_backward)
     return events
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_reductions_start_during_the_backward_of_the_last_micro_batch(group, monkeypatch, zero):
+    monkeypatch.setattr(gradients, "MOST_PENDING", 100)             # so that none is waited for at once
     job = job_of("llama", mesh={"zero": zero}, train={"batch": 2 * group.size, "micro_batch": 1})
     trainer = trainer_of(job, group)
     events = record(trainer, monkeypatch)
@@ -40,17 +42,27 @@ def test_reductions_start_during_the_backward_of_the_last_micro_batch(group, mon
     else:
         assert under_way["head", True] >= 1                         # before the first block's backward
         assert all(count >= 1 for (_, last), count in under_way.items() if last)
-        assert all((count >= 1) == (zero == 2) for (_, last), count in under_way.items() if not last)
+        assert all((count >= 1) == (zero >= 2) for (_, last), count in under_way.items() if not last)
     assert not trainer.gradients.pending                            # all finished at the end of the step
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_the_gradients_kept_for_reductions_are_bounded(group, monkeypatch, zero):
+    trainer = trainer_of(job_of("llama", model={"layers": 8}, mesh={"zero": zero}, train={"micro_batch": 1}), group)
+    events = record(trainer, monkeypatch)
+    trainer.train_step(1, Source(), 0)
+    assert max(event[3] for event in events if event[0] == "start") <= gradients.MOST_PENDING
+    assert len([event for event in events if event[0] == "start"]) == 10 * -(-7 // group.size)
 
 
 def live(trainer):
     return sum(bucket._grads is not None for bucket in trainer.model.buckets)
 
 
+@pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_zero_2_frees_held_gradients(group, monkeypatch, tied):
-    trainer = trainer_of(job_of("llama", model={"tied": tied, "layers": 4}, mesh={"zero": 2}, train={"micro_batch": 1}), group)
+def test_zero_2_and_3_free_held_gradients(group, monkeypatch, tied, zero):
+    trainer = trainer_of(job_of("llama", model={"tied": tied, "layers": 4}, mesh={"zero": zero}, train={"micro_batch": 1}), group)
     most, start = [], trainer.gradients.start
 
     def counting(bucket, last):
@@ -64,7 +76,29 @@ def test_zero_2_frees_held_gradients(group, monkeypatch, tied):
         assert live(trainer) == 0
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_zero_3_holds_the_values_of_a_unit_and_of_the_next_one(group, monkeypatch, tied, recompute):
+    job = job_of("llama", model={"tied": tied, "layers": 4}, mesh={"zero": 3}, train={"micro_batch": 2, "recompute": recompute})
+    trainer, most = trainer_of(job, group), []
+    buckets = trainer.model.buckets
+
+    def counted(fetch_start):
+        def fetch():
+            fetch_start()
+            most.append(sum(bucket.values is not None for bucket in buckets))
+        return fetch
+    for bucket in buckets:
+        monkeypatch.setattr(bucket, "fetch_start", counted(bucket.fetch_start))
+    for step in (1, 2):
+        trainer.train_step(step, Source(), 7 * step)
+        if group.size > 1:
+            assert max(most) == (3 if tied else 2)      # the last block, the head and the tied table
+            assert all(bucket.values is None for bucket in buckets)
+    assert sum(group.collect(sum(bucket.kept.size for bucket in buckets))) == sum(bucket.size for bucket in buckets)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_moments_are_split_from_zero_1_on(group, zero):
     trainer = trainer_of(job_of("gpt", mesh={"zero": zero}), group)
     parameters = trainer.model.parameters()
@@ -86,10 +120,11 @@ def spoil(trainer, monkeypatch, bad, bucket_name, element):
 
 
 def state(trainer):
-    return [array.copy() for p in trainer.model.parameters() for array in (p.value, p.moment1, p.moment2)]
+    return [array.copy() for p in trainer.model.parameters()
+            for array in (p.master if p.bucket.zero == 3 else p.value, p.moment1, p.moment2)]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("bad, bucket, element", [(np.nan, "head", 0), (np.inf, "blocks.1", -1), (-np.inf, "embedding", 5)])
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(group, monkeypatch, bad, bucket, element, zero):
     trainer = trainer_of(job_of("gpt", mesh={"zero": zero}, train={"micro_batch": 2}), group)
@@ -107,8 +142,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(group, 
     assert not after.skipped and np.isfinite(after.grad_norm) and np.isfinite(after.loss)
 
 
-def test_a_skipped_step_leaves_no_trace(group, monkeypatch):
-    job = job_of("llama", mesh={"zero": 1})
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_skipped_step_leaves_no_trace(group, monkeypatch, zero):
+    job = job_of("llama", mesh={"zero": zero})
     spoilt, plain = trainer_of(job, group), trainer_of(job, group)
     for trainer in (spoilt, plain):
         trainer.train_step(1, Source(), 0)
@@ -128,7 +164,7 @@ def test_flags_are_summed_over_the_ranks(group):
     assert trainer.train_step(2, Source(), 7).flags == []
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_the_norm_is_that_of_all_gradients(group, zero):
     trace = steps_of(trainer_of(job_of("gpt", mesh={"zero": zero}), group), 1)
     alone = steps_of(trainer_of(job_of("gpt")), 1)

@@ -84,8 +84,9 @@ def test_every_sample_is_taken_once_and_all_ranks_run_alike(count, ranks, micro_
     assert all(shape == shapes[0] for shape in shapes)                  # micro-batches of equal number and size
     taken = []
     for parts in plans:
-        for tokens, targets, weights, numbers in parts:
+        for tokens, targets, weights, numbers, real in parts:
             assert 1 <= len(tokens) <= micro_batch
+            assert not weights[~real].any()                             # fillers
             for row, number in enumerate(numbers):
                 sample = [array[0] for array in Source(3).samples(int(number), 1)]
                 if weights[row].any():

@@ -31,7 +31,7 @@ void attend_one(T* out, T* lse, const T* q, const View<const T>& k, const View<c
     for (int64_t j = 0; j < visible; ++j) {
         T p = scores[j] / sum;
         if (drop.scale != 0) {
-            if (j % key_block == 0) drop.factors(factors, shape, b, t, h, j, key_block < shape.keys - j ? key_block : shape.keys - j);
+            if (j % key_block == 0) drop.factors(factors, b, t, h, j, key_block < shape.keys - j ? key_block : shape.keys - j);
             p *= factors[j % key_block];
         }
         const T* value = v.at(b, j, kv);
@@ -118,7 +118,7 @@ struct Forward {
             softmax_row(row, visible, keys, run.top[r + i], run.sum[r + i], run.out + (r + i) * padded, padded);
             if (drop.scale != 0 && visible > 0) {
                 T factors[key_block];
-                drop.factors(factors, shape, b, t0 + r + i, h, j0, visible);
+                drop.factors(factors, b, t0 + r + i, h, j0, visible);
 #pragma omp simd
                 for (int64_t j = 0; j < visible; ++j) row[j] *= factors[j];
             }

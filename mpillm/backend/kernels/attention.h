@@ -28,25 +28,30 @@ struct Shape {
     int64_t group() const { return heads / kv_heads; }
 };
 
-// dropout of probabilities; scale 0 = none. Block of (head, key): head * ceil(keys / 4) + key / 4
+constexpr int64_t query_block = 96;  // queries that share a pass over the keys; multiple of strip_rows
+constexpr int64_t key_block = 192;   // keys of a tile of probabilities; multiple of strip_rows, of every panel and of 4
+static_assert(query_block % strip_rows == 0 && key_block % strip_rows == 0, "blocks are whole strips");
+static_assert(key_block + 4 <= DropoutRow::most, "one call gives the dropout factors of a row of a tile");
+
+// dropout of probabilities; scale 0 = none. Block of (head, key): head * ceil(keys / 4) + key / 4, both numbers global
 struct ProbabilityDropout {
     uint64_t key, threshold;
     double scale;
     uint32_t step;
     const int64_t *samples, *positions;
-    int64_t first_head;
+    int64_t first_head, first_key, keys;  // of the call; of the call; of the whole sequence
 
+    // factors of the call's keys j0..j0 + count, count <= key_block, of query t and head h; writes up to key_block of them
     template <class T>
-    void factors(T* out, const Shape& shape, int64_t b, int64_t t, int64_t h, int64_t first_key, int64_t count) const {
+    void factors(T* out, int64_t b, int64_t t, int64_t h, int64_t j0, int64_t count) const {
         const DropoutRow row{key, threshold, scale, step, uint32_t(samples[b]), uint32_t(positions[t])};
-        row.factors(out, uint64_t((first_head + h) * ((shape.keys + 3) / 4) + first_key / 4), (count + 3) / 4);
+        const int64_t block = (first_head + h) * ((keys + 3) / 4) + (first_key + j0) / 4, lead = (first_key + j0) % 4;
+        if (lead == 0) return row.factors(out, uint64_t(block), (count + 3) / 4);
+        T whole[key_block + 4];  // from the start of the block on, which lies before j0
+        row.factors(whole, uint64_t(block), (lead + count + 3) / 4);
+        std::memcpy(out, whole + lead, size_t(count) * sizeof(T));
     }
 };
-
-constexpr int64_t query_block = 96;  // queries that share a pass over the keys; multiple of strip_rows
-constexpr int64_t key_block = 192;   // keys of a tile of probabilities; multiple of strip_rows, of every panel and of 4
-static_assert(query_block % strip_rows == 0 && key_block % strip_rows == 0, "blocks are whole strips");
-static_assert(key_block <= DropoutRow::most, "one call gives the dropout factors of a row of a tile");
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -61,7 +61,7 @@ struct Backward {
             const T of_lse = real ? lse[(b * shape.heads + h) * shape.queries + t0 + r + i] : T(0);
             T factors[key_block];
             const bool dropping = drop.scale != 0 && visible > 0;
-            if (dropping) drop.factors(factors, shape, b, t0 + r + i, h, j0, round_up(visible, Vector<T>::lanes));
+            if (dropping) drop.factors(factors, b, t0 + r + i, h, j0, round_up(visible, Vector<T>::lanes));
             row(probs + i * key_block, dscores + i * key_block, visible, of_lse, at.inner[r + i], dropping ? factors : nullptr);
         }
         strip_times_rows(keys, static_cast<const T*>(dscores), key_block, int64_t(1), static_cast<const T*>(at.k_rows + j0 * wide), wide,

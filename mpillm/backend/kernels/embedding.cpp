@@ -1,4 +1,4 @@
-// Rows of a table by token id, and their gradient. table (V_local, C) holds the ids first..; other ids give zeros.
+// Rows of a table by token id, and sums into them. table (V_local, C) holds the ids first..; other ids give zeros.
 #include "common.h"
 
 namespace mpillm {
@@ -16,10 +16,12 @@ void embedding(T* y, const int64_t* ids, const T* table, int64_t stride, int64_t
     });
 }
 
-// Each thread takes some columns of all tokens: every sum is in the order of the tokens, whatever the threads.
+// table[ids[r] - first] += scale[r] x[r]; scale null for 1. Each thread takes some columns of all rows: every sum is in
+// the order of the rows, whatever the threads.
 template <class T>
-void embedding_backward(T* dtable, int64_t stride, const int64_t* ids, const T* dy, int64_t first, int64_t rows,
-                        int64_t table_rows, int64_t width) {
+void add_rows(T* table, int64_t stride, const int64_t* ids, const T* x, const T* scale, int64_t first, int64_t rows,
+              int64_t table_rows, int64_t width) {
+    if (width == 0) return;
     const int64_t parts = rows * width >= serial_below ? num_threads : 1;
     const int64_t columns = ((width + parts - 1) / parts + 15) / 16 * 16;
     parallel_for((width + columns - 1) / columns, rows * width, [&](int64_t part) {
@@ -27,10 +29,11 @@ void embedding_backward(T* dtable, int64_t stride, const int64_t* ids, const T* 
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t id = ids[r] - first;
             if (id < 0 || id >= table_rows) continue;
-            T* __restrict out = dtable + id * stride;
-            const T* in = dy + r * width;
+            T* __restrict out = table + id * stride;
+            const T* in = x + r * width;
+            const T factor = scale ? scale[r] : T(1);
 #pragma omp simd
-            for (int64_t c = begin; c < end; ++c) out[c] += in[c];
+            for (int64_t c = begin; c < end; ++c) out[c] += factor * in[c];
         }
     });
 }
@@ -44,7 +47,11 @@ void embedding_backward(T* dtable, int64_t stride, const int64_t* ids, const T* 
     }                                                                                                                 \
     extern "C" void mpillm_embedding_backward_##S(T* dtable, int64_t stride, const int64_t* ids, const T* dy,         \
                                                   int64_t first, int64_t rows, int64_t table_rows, int64_t width) {   \
-        mpillm::embedding_backward(dtable, stride, ids, dy, first, rows, table_rows, width);                          \
+        mpillm::add_rows<T>(dtable, stride, ids, dy, nullptr, first, rows, table_rows, width);                        \
+    }                                                                                                                 \
+    extern "C" void mpillm_add_rows_##S(T* y, int64_t stride, const int64_t* rows, const T* x, const T* scale,        \
+                                        int64_t count, int64_t y_rows, int64_t width) {                               \
+        mpillm::add_rows(y, stride, rows, x, scale, 0, count, y_rows, width);                                         \
     }
 EXPORT(float, f32)
 EXPORT(double, f64)
