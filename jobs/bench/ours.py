@@ -1,6 +1,7 @@
 """mpillm's side of the step benchmark: the Trainer that `mpillm train` runs, on one rank or several. Started by workers.Worker."""
 
 import json
+import math
 import sys
 
 from shapes import BETAS, CLIP, EPSILON, RATE, SHAPES, WEIGHT_DECAY, RandomTokens
@@ -15,24 +16,20 @@ class Steps:
     Parameters
     ----------
     spec : dict
-        shape: name of a shape; zero: ZeRO stage.
+        shape: name of a shape; mesh: keys of [mesh]; micro_batch: sequences of a pass, the rank's whole share when left out.
     """
 
     def __init__(self, spec):
-        import numpy as np
-
-        from mpillm.backend import open_backend
         from mpillm.layout.comm import world
-        from mpillm.layout.mesh import Mesh
-        from mpillm.model.transformer import Shape, Transformer
+        from mpillm.layout.mesh import Mesh, sizes_of
+        from mpillm.run.session import build
         from mpillm.train.gradients import Gradients
         from mpillm.train.optimizer import AdamW
         from mpillm.train.step import Trainer
         self.shape, self.group = SHAPES[spec["shape"]], world()
-        self.job = job_of(self.shape, self.group.size, spec["zero"])
-        self.ops, mesh = open_backend("cpu"), Mesh(self.group, {"dp": self.group.size})
-        self.model = Transformer(self.ops, Shape.of(self.job.model, None), np.float32, self.job.train.seed)
-        self.model.place(mesh, self.job.mesh.zero)
+        self.job = job_of(self.shape, self.group.size, spec.get("mesh", {}), spec.get("micro_batch"))
+        mesh = Mesh(self.group, sizes_of(self.job.mesh, self.group.size))
+        _, self.ops, _, self.model = build(self.job, mesh, self.shape.vocabulary)
         self.model.initialize()
         buckets = self.model.buckets
         self.trainer = Trainer(self.ops, self.model, Gradients(self.ops, buckets), AdamW(self.ops, buckets, self.job.optimizer), mesh, self.job)
@@ -44,13 +41,13 @@ class Steps:
         return self.trainer.train_step(self.done, self.source, (self.done - 1) * self.job.train.batch).loss
 
 
-def job_of(shape, num_ranks, zero):
+def job_of(shape, num_ranks, mesh, micro_batch=None):
     """The Job: `shape.batch` sequences a rank."""
     from mpillm.config import job_from_dict
     return job_from_dict({
         "model": {"family": "gpt", "layers": shape.layers, "width": shape.width, "heads": shape.heads, "context": shape.context,
                   "vocabulary": shape.vocabulary},
-        "data": {"train": "random"}, "mesh": {"zero": zero}, "train": {"steps": 10**6, "batch": shape.batch * num_ranks},
+        "data": {"train": "random"}, "mesh": mesh, "train": {"steps": 10**6, "batch": shape.batch * num_ranks} | ({"micro_batch": micro_batch} if micro_batch else {}),
         "optimizer": {"rate": RATE, "betas": list(BETAS), "epsilon": EPSILON, "weight_decay": WEIGHT_DECAY, "clip": CLIP},
         "run": {"name": "bench"}}, "bench")
 
@@ -81,7 +78,7 @@ def main(spec, path):
     for _ in range(spec["warmup"]):
         steps.step()
     info = {"rank": steps.group.rank, "flops_per_token": steps.model.flops_per_token(), "versions": versions(steps.ops),
-            "parameters": sum(p.value.size for p in steps.model.parameters())}
+            "parameters": sum(math.prod(p.shape) for p in steps.model.every_parameter())}
     serve(path, info, {"step": lambda: timed_turn(steps.step, lambda: np.matmul(a, a, out=out)), "profile": profile})
 
 

@@ -2,7 +2,8 @@
 
 import time
 
-COMMUNICATION = ("all_reduce", "all_reduce_start", "reduce_scatter", "reduce_scatter_start", "all_gather", "broadcast", "wait", "test")
+COMMUNICATION = ("all_reduce", "all_reduce_start", "reduce_scatter", "reduce_scatter_start", "all_gather", "all_gather_start", "all_to_all",
+                 "shift_start", "send_start", "receive", "broadcast", "gather", "scatter_sum", "exchange", "wait", "test")
 MEMORY = ("from_host", "to_host", "empty", "zeros", "synchronize")
 
 

@@ -22,6 +22,7 @@ SHAPES = {
     "tiny": GPT(2, 64, 2, 256, 2, 32),              # tries the bench itself
     "14M": GPT(6, 384, 6, 8192, 8, 256),
     "124M": GPT(12, 768, 12, 50257, 4, 512),        # GPT-2 small
+    "124M-long": GPT(12, 768, 12, 50257, 1, 2048),  # the same with long sequences, for context parallelism
 }
 RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 

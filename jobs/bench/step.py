@@ -5,6 +5,7 @@
   python jobs/bench/step.py --shape 124M --no-peer      mpillm alone
   python jobs/bench/step.py --shape 124M --profile      where mpillm's step goes (--ranks 2 --zero 1: under mpirun)
   python jobs/bench/step.py --shape 14M --scaling       two data-parallel ranks against one, same batch a rank, ZeRO 0 and 1
+  python jobs/bench/step.py --shape 124M --layouts      two ranks in other layouts against two data-parallel ones, same job
 """
 
 import argparse
@@ -21,6 +22,14 @@ from shapes import SHAPES
 from workers import Worker, WorkerFailed, forced
 
 
+LAYOUTS = {     # name -> (keys of [mesh], sequences of a pass); 124M-long is for cp, the other shapes for the others
+    "tp": ({"tp": 2}, None), "tp without sequence": ({"tp": 2, "sequence": False}, None),
+    "pp": ({"pp": 2}, 1), "pp zero-bubble": ({"pp": 2, "schedule": "zero_bubble"}, 1),
+    "cp": ({"cp": 2}, None), "cp ulysses": ({"cp": 2, "cp_form": "ulysses"}, None),
+    "zero 3": ({"zero": 3}, None),
+}
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="14M")
@@ -32,7 +41,8 @@ def arguments():
     parser.add_argument("--profile", action="store_true", help="print where mpillm's step goes")
     parser.add_argument("--ranks", type=int, default=1, help="ranks of --profile")
     parser.add_argument("--scaling", action="store_true", help="two ranks against one")
-    parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2), default=[0, 1], help="ZeRO stages of --scaling; the first one of --profile")
+    parser.add_argument("--layouts", nargs="*", metavar="NAME", help="two ranks, other layouts: " + ", ".join(LAYOUTS) + " (default: those of the shape)")
+    parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2, 3), default=[0, 1], help="ZeRO stages of --scaling; the first one of --profile")
     parser.add_argument("--control", action="store_true",
                         help="with --scaling: also two jobs of one rank at the same time, the most the machine gives to two ranks")
     parser.add_argument("--forced-blas", action="store_true", help="keep OPENBLAS_*, MKL_* and such variables, which take the choice of "
@@ -48,10 +58,11 @@ def arguments():
 # ---- starting the sides -------------------------------------------------------------------------------------------------------
 
 
-def start_ours(options, num_ranks=1, zero=0, launched=False):
+def start_ours(options, num_ranks=1, zero=0, launched=False, mesh=None, micro_batch=None):
     """mpillm's side; under mpirun when `launched`."""
     launcher = [*shlex.split(options.mpirun), "-n", str(num_ranks)] if launched or num_ranks > 1 else []
-    return Worker("ours.py", {"shape": options.shape, "zero": zero, "warmup": options.warmup}, launcher=launcher, num_ranks=num_ranks,
+    spec = {"shape": options.shape, "mesh": {"zero": zero} | (mesh or {}), "micro_batch": micro_batch, "warmup": options.warmup}
+    return Worker("ours.py", spec, launcher=launcher, num_ranks=num_ranks,
                   keep_forced=options.forced_blas)
 
 
@@ -96,6 +107,8 @@ def by_turns(contestants, options):
             break
         for name, turn in contestants.items():
             answers = turn()
+            if pair == 0:
+                print(f"{name}: {max(answer['seconds'] for answer in answers):.2f} s", flush=True)
             slowest = max(answers, key=lambda answer: answer["seconds"])
             turns[name].append(slowest | {key: min(answer[key] for answer in answers) for key in ("gemm_before", "gemm_after")})
     return turns
@@ -126,7 +139,7 @@ def shares(turns, flops):
     return [flops / turn["seconds"] / (0.5 * (turn["gemm_before"] + turn["gemm_after"])) for turn in turns]
 
 
-# ---- the three benchmarks -----------------------------------------------------------------------------------------------------
+# ---- the benchmarks -----------------------------------------------------------------------------------------------------------
 
 
 def beside_peer(options, record):
@@ -199,6 +212,29 @@ def scaling(options, record):
         single.stop()
 
 
+def layouts(options, record):
+    """Two ranks in other layouts and two data-parallel ones (ZeRO 1) by turns: the same job, so the same tokens a step."""
+    tokens, workers = 2 * SHAPES[options.shape].tokens, {}
+    names = options.layouts or [name for name in LAYOUTS if name.startswith("cp") == options.shape.endswith("long")]
+    try:
+        workers["dp"] = start_ours(options, 2, 1)
+        record["versions"]["mpillm"] = workers["dp"].info["versions"]
+        for name in names:
+            workers[name] = start_ours(options, 2, 1, mesh=LAYOUTS[name][0], micro_batch=LAYOUTS[name][1])
+        turns = by_turns({who: lambda worker=worker: worker.turn(do="step") for who, worker in workers.items()}, options)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    rates = {who: [tokens / turn["seconds"] for turn in found] for who, found in turns.items()}
+    record |= {"turns": turns, "tokens_per_second": {who: spread(found) for who, found in rates.items()}, "layouts": {}}
+    for name in names:
+        difference = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(turns[name], turns["dp"], strict=True))
+        mesh, micro_batch = LAYOUTS[name]
+        record["layouts"][name] = {"mesh": mesh, "micro_batch": micro_batch, "largest_difference_of_losses": difference,
+                                   "ratio": spread(show_pairs(rates, name, "dp"))}
+        print(f"losses differ by {difference:.1e} at most")
+
+
 def against_one(options, single, tokens, name, *workers):
     """Two ranks (of one worker, or of two that work at the same time) and one rank by turns; the numbers."""
     def together():
@@ -217,7 +253,10 @@ def against_one(options, single, tokens, name, *workers):
 
 def main():
     options = arguments()
-    if not (options.no_peer or options.profile or options.scaling):
+    if options.layouts is not None and any(name not in LAYOUTS for name in options.layouts):
+        sys.stderr.write(f"step.py: error: --layouts {' '.join(options.layouts)}: layouts are {', '.join(LAYOUTS)}\n")
+        return 2
+    if not (options.no_peer or options.profile or options.scaling or options.layouts is not None):
         check_peer(options.peer_python)
     shape = SHAPES[options.shape]
     record = records.begin({key: value for key, value in vars(options).items() if key not in ("out", "peer_python", "mpirun") and value != float("inf")})
@@ -229,7 +268,7 @@ def main():
         print(f"{'kept' if options.forced_blas else 'left out'}: " + ", ".join(f"{name}={value}" for name, value in forced().items()))
     record["forced"] = forced()
     try:
-        (profile if options.profile else scaling if options.scaling else beside_peer)(options, record)
+        (profile if options.profile else scaling if options.scaling else layouts if options.layouts is not None else beside_peer)(options, record)
     except WorkerFailed as error:
         sys.stderr.write(f"step.py: error: {error}\n")
         return 1

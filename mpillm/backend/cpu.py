@@ -65,8 +65,8 @@ class Cpu(Reference):
         self.note = "; ".join(line for line in (note, threads.slow_blas_note()) if line)
         self.blas = blas.find()
 
-    def return_freed_pages(self):
-        memory.return_freed_pages()
+    def return_freed_pages(self, size):
+        memory.return_freed_pages(size)
 
     def set_threads(self, num_threads):
         super().set_threads(num_threads)

@@ -47,8 +47,8 @@ class Reference:
     def synchronize(self):
         """Waits for the device; the CPU has nothing to wait for."""
 
-    def return_freed_pages(self):
-        """From now on the memory of large arrays goes back to the system when they are freed, where that is not so already."""
+    def return_freed_pages(self, size):
+        """From now on the memory of arrays of `size` bytes or more goes back to the system when they are freed."""
 
     def set_threads(self, num_threads):
         """Threads of BLAS and of the kernels in this process."""

@@ -213,9 +213,10 @@ def test_a_stage_may_ask_for_groups_that_other_stages_never_ask_for(group):
             for shared in ([("pp", "tp"), ("pp", ("tp", 2))][::1 if stage % 2 else -1]):
                 assert mesh.group(shared).size == 1
     if group.size == 4:
-        mesh = Mesh(group, {"pp": 2, "dp": 2})
-        if mesh.coord("pp") == 0:
-            assert mesh.group(("pp", "cp")).collect(group.rank) == [0, 1]
+        mesh = Mesh(group, {"pp": 2, "dp": 2, "ep": 2})
+        for stage, shared in ((0, ("pp", "dp")), (1, ("pp", "ep_group", "tp"))):        # the other stage is never in the call
+            if mesh.coord("pp") == stage:
+                assert mesh.group(shared).collect(group.rank) == sharing(mesh.sizes, group.rank, shared)
         assert mesh.group(("ends",)).collect(group.rank) == [0, 1, 2, 3]
         assert mesh["dp"].collect(group.rank) == sharing(mesh.sizes, group.rank, ("pp",))
 

@@ -71,6 +71,12 @@ def test_owned_slabs_of_experts_cover_each_element_once(shape, axes):
             check_cover(Parameter("router", (shape[0], shape[2]), Constant(0.0), partial=True), sizes | {"ep": ep})
 
 
+def test_replicas_share_the_rows_of_every_expert():
+    """However few experts a rank has, what is owned is as even as its rows allow."""
+    parameter, sizes = Parameter("p", (2, 8, 3), Constant(0.0), ("ep", None, None)), {"dp": 8, "ep": 2}
+    assert [parameter.owned_by(mesh, mesh.members(parameter.shared).index(mesh.rank)).shape for mesh in plans(sizes)] == [(1, 2, 3)] * 8
+
+
 @pytest.mark.parametrize("kv_heads, tp", [(1, 2), (1, 3), (1, 4), (2, 4), (2, 6), (3, 6), (4, 4), (4, 2), (1, 1)])
 @pytest.mark.parametrize("width", [None, 5])
 def test_key_value_heads_on_more_ranks_than_there_are(kv_heads, tp, width):

@@ -1,14 +1,17 @@
 """Models of Hugging Face transformers beside mpillm's: same shape, same weights, gradients under mpillm's names.
 
-The peer computes its loss, RMSNorm, rotary angles and softmax in float32 whatever the type of its weights; `use_float64_forms`
+The peer computes its loss, RMSNorm, rotary angles, softmax and router in float32 whatever the type of its weights; `use_float64_forms`
 replaces those by forms that keep the type, without changing the mathematics.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.llama import modeling_llama
+from transformers.models.mixtral import modeling_mixtral
 from transformers.pytorch_utils import Conv1D
 
 from mpillm.backend import open_backend
@@ -18,36 +21,55 @@ from mpillm.model.transformer import Transformer
 
 torch.set_num_threads(1)
 
-# A layer of mpillm -> a module of the peer, and which third of its rows where query, key and value are one matrix; {} = block.
+
+class Place(NamedTuple):
+    """Where a layer of mpillm is in the peer."""
+    module: str             # {} = number of the block
+    array: str = ""         # name of the array where it is not that of mpillm's parameter
+    parts: int = 1          # matrices that are one in the peer, below each other
+    part: int = 0           # which of them it is
+
+
 GPT = {
-    "embedding.tokens": ("transformer.wte", None),
-    "embedding.positions": ("transformer.wpe", None),
-    "blocks.{}.attention_norm": ("transformer.h.{}.ln_1", None),
-    "blocks.{}.attention.query": ("transformer.h.{}.attn.c_attn", 0),
-    "blocks.{}.attention.key": ("transformer.h.{}.attn.c_attn", 1),
-    "blocks.{}.attention.value": ("transformer.h.{}.attn.c_attn", 2),
-    "blocks.{}.attention.output": ("transformer.h.{}.attn.c_proj", None),
-    "blocks.{}.mlp_norm": ("transformer.h.{}.ln_2", None),
-    "blocks.{}.mlp.up": ("transformer.h.{}.mlp.c_fc", None),
-    "blocks.{}.mlp.down": ("transformer.h.{}.mlp.c_proj", None),
-    "norm": ("transformer.ln_f", None),
-    "head": ("lm_head", None),
+    "embedding.tokens": Place("transformer.wte"),
+    "embedding.positions": Place("transformer.wpe"),
+    "blocks.{}.attention_norm": Place("transformer.h.{}.ln_1"),
+    "blocks.{}.attention.query": Place("transformer.h.{}.attn.c_attn", parts=3, part=0),
+    "blocks.{}.attention.key": Place("transformer.h.{}.attn.c_attn", parts=3, part=1),
+    "blocks.{}.attention.value": Place("transformer.h.{}.attn.c_attn", parts=3, part=2),
+    "blocks.{}.attention.output": Place("transformer.h.{}.attn.c_proj"),
+    "blocks.{}.mlp_norm": Place("transformer.h.{}.ln_2"),
+    "blocks.{}.mlp.up": Place("transformer.h.{}.mlp.c_fc"),
+    "blocks.{}.mlp.down": Place("transformer.h.{}.mlp.c_proj"),
+    "norm": Place("transformer.ln_f"),
+    "head": Place("lm_head"),
 }
 LLAMA = {
-    "embedding.tokens": ("model.embed_tokens", None),
-    "blocks.{}.attention_norm": ("model.layers.{}.input_layernorm", None),
-    "blocks.{}.attention.query": ("model.layers.{}.self_attn.q_proj", None),
-    "blocks.{}.attention.key": ("model.layers.{}.self_attn.k_proj", None),
-    "blocks.{}.attention.value": ("model.layers.{}.self_attn.v_proj", None),
-    "blocks.{}.attention.output": ("model.layers.{}.self_attn.o_proj", None),
-    "blocks.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm", None),
-    "blocks.{}.mlp.gate": ("model.layers.{}.mlp.gate_proj", None),
-    "blocks.{}.mlp.up": ("model.layers.{}.mlp.up_proj", None),
-    "blocks.{}.mlp.down": ("model.layers.{}.mlp.down_proj", None),
-    "norm": ("model.norm", None),
-    "head": ("lm_head", None),
+    "embedding.tokens": Place("model.embed_tokens"),
+    "blocks.{}.attention_norm": Place("model.layers.{}.input_layernorm"),
+    "blocks.{}.attention.query": Place("model.layers.{}.self_attn.q_proj"),
+    "blocks.{}.attention.key": Place("model.layers.{}.self_attn.k_proj"),
+    "blocks.{}.attention.value": Place("model.layers.{}.self_attn.v_proj"),
+    "blocks.{}.attention.output": Place("model.layers.{}.self_attn.o_proj"),
+    "blocks.{}.mlp_norm": Place("model.layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.gate": Place("model.layers.{}.mlp.gate_proj"),
+    "blocks.{}.mlp.up": Place("model.layers.{}.mlp.up_proj"),
+    "blocks.{}.mlp.down": Place("model.layers.{}.mlp.down_proj"),
+    "norm": Place("model.norm"),
+    "head": Place("lm_head"),
 }
-MAPS = {"gpt": GPT, "llama": LLAMA}
+MIXTRAL = LLAMA | {
+    "blocks.{}.mlp.router": Place("model.layers.{}.mlp.gate"),
+    "blocks.{}.mlp.gate": Place("model.layers.{}.mlp.experts", "gate_up_proj", 2, 0),
+    "blocks.{}.mlp.up": Place("model.layers.{}.mlp.experts", "gate_up_proj", 2, 1),
+    "blocks.{}.mlp.down": Place("model.layers.{}.mlp.experts", "down_proj"),
+}
+MAPS = {"gpt": GPT, "llama": LLAMA, "mixtral": MIXTRAL}
+
+
+def kind_of(shape):
+    """The key of `MAPS`: a llama with experts is a Mixtral."""
+    return "mixtral" if shape.experts else shape.family
 
 
 def make_job(model, compute, train=None, optimizer=None):
@@ -66,7 +88,7 @@ def make_model(job, ops=None):
 
 def make_peer(shape, dtype, std=0.2, seed=0):
     """The peer of a Shape with random weights: N(0, std^2), around 1 for the weights of norms."""
-    peer = (gpt_peer if shape.family == "gpt" else llama_peer)(shape).to(dtype)
+    peer = {"gpt": gpt_peer, "llama": llama_peer, "mixtral": mixtral_peer}[kind_of(shape)](shape).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
@@ -83,40 +105,48 @@ def gpt_peer(shape):
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=shape.tied, attn_implementation="eager"))
 
 
-def llama_peer(shape):
-    return LlamaForCausalLM(LlamaConfig(
+def llama_sizes(shape):
+    """What the configurations of Llama and Mixtral have in common."""
+    return dict(
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp_width, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.context,
-        rms_norm_eps=shape.norm_epsilon, bos_token_id=None, eos_token_id=None, tie_word_embeddings=shape.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base}, attn_implementation="eager"))
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_width,
+        max_position_embeddings=shape.context, rms_norm_eps=shape.norm_epsilon, bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=shape.tied, rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base}, attn_implementation="eager")
 
 
-def peer_array(peer, family, name, grad=False):
+def llama_peer(shape):
+    return LlamaForCausalLM(LlamaConfig(**llama_sizes(shape)))
+
+
+def mixtral_peer(shape):
+    return MixtralForCausalLM(MixtralConfig(
+        **llama_sizes(shape), num_local_experts=shape.experts, num_experts_per_tok=shape.experts_per_token, experts_implementation="eager"))
+
+
+def peer_array(peer, kind, name, grad=False):
     """The peer's value or gradient of mpillm's parameter `name`, in mpillm's layout (out, in).
 
     A view, except that a gradient PyTorch never made is zeros.
     """
-    layer, kind = name.rsplit(".", 1)
+    layer, own_name = name.rsplit(".", 1)
     parts = layer.split(".")
     number = parts[1] if parts[0] == "blocks" else ""
     if number:
         parts[1] = "{}"
-    path, third = MAPS[family][".".join(parts)]
-    module = peer.get_submodule(path.format(number))
-    tensor = getattr(module, kind)
+    place = MAPS[kind][".".join(parts)]
+    module = peer.get_submodule(place.module.format(number))
+    tensor = getattr(module, place.array or own_name)
     if grad:
         tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    if isinstance(module, Conv1D) and kind == "weight":
+    if isinstance(module, Conv1D) and own_name == "weight":
         tensor = tensor.T
-    if third is not None:
-        tensor = tensor.chunk(3)[third]
-    return tensor.detach().numpy()
+    return tensor.chunk(place.parts, dim=max(0, tensor.ndim - 2))[place.part].detach().numpy()
 
 
 def copy_weights(peer, model):
     """Gives mpillm's model the weights of its peer; every element of the peer must find a place."""
     for parameter in model.parameters():
-        parameter.value[...] = peer_array(peer, model.shape.family, parameter.name)
+        parameter.value[...] = peer_array(peer, kind_of(model.shape), parameter.name)
     assert sum(parameter.value.size for parameter in model.parameters()) == sum(p.numel() for p in peer.parameters())
 
 
@@ -132,9 +162,11 @@ def peer_forward(peer, tokens, targets, weights, num_items=None):
 
 def use_float64_forms(monkeypatch, peer):
     """Until the test ends."""
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", rms_norm)
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager_attention)
+    for module, name in ((modeling_llama, "Llama"), (modeling_mixtral, "Mixtral")):
+        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", rms_norm)
+        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", rotary)
+        monkeypatch.setattr(module, "eager_attention_forward", eager_attention)
+    monkeypatch.setattr(modeling_mixtral.MixtralTopKRouter, "forward", router)
     peer.loss_function = causal_loss
 
 
@@ -149,6 +181,12 @@ def rotary(self, x, position_ids):
     angles = position_ids[..., None].to(x.dtype) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def router(self, x):
+    logits = F.linear(x, self.weight)
+    weights, chosen = torch.topk(F.softmax(logits, dim=-1), self.top_k, dim=-1)
+    return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **_):
@@ -182,8 +220,8 @@ def gradient_differences(model, peer, num_tokens):
     The true gradient of a gpt key bias is 0, and of all queries and keys where a sequence is one token: what is there is the
     rounding of sums that cancel. In float32 that is more than 1e-6 of the largest gradient, so it is measured against the value's.
     """
-    family = model.shape.family
-    theirs = {parameter.name: peer_array(peer, family, parameter.name, grad=True) for parameter in model.parameters()}
+    kind = kind_of(model.shape)
+    theirs = {parameter.name: peer_array(peer, kind, parameter.name, grad=True) for parameter in model.parameters()}
     floor = 1e-6 * max(np.abs(grad).max() for grad in theirs.values())
     found = {}
     for parameter in model.parameters():

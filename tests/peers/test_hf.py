@@ -23,6 +23,7 @@ from mpillm.train.optimizer import AdamW  # noqa: E402
 from mpillm.train.step import Trainer, make_batch  # noqa: E402
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+EXPERTS = dict(experts=4, experts_per_token=2, balance_loss=0.0, router_z_loss=0.0)     # the peer's balance loss is another
 SHAPES = {
     "gpt-odd": dict(family="gpt", layers=2, width=35, heads=5, vocabulary=131, context=40),
     "gpt-untied": dict(family="gpt", layers=2, width=35, heads=5, vocabulary=131, context=40, tied=False, mlp_width=53),
@@ -30,6 +31,9 @@ SHAPES = {
     "llama-6/2": dict(family="llama", layers=2, width=60, heads=6, kv_heads=2, vocabulary=131, context=40, mlp_width=37),
     "llama-6/2-untied": dict(family="llama", layers=2, width=60, heads=6, kv_heads=2, vocabulary=131, context=40, mlp_width=37, tied=False),
     "llama-4/1": dict(family="llama", layers=2, width=40, heads=4, kv_heads=1, vocabulary=97, context=40, mlp_width=101, tied=False),
+    "mixtral-4/2": dict(family="llama", layers=2, width=60, heads=6, kv_heads=2, vocabulary=131, context=40, mlp_width=37) | EXPERTS,
+    "mixtral-5/3": dict(family="llama", layers=3, width=40, heads=4, vocabulary=97, context=40, mlp_width=29, tied=False)
+                   | EXPERTS | dict(experts=5, experts_per_token=3),
     "llama-4/4": dict(family="llama", layers=3, width=128, heads=4, kv_heads=4, vocabulary=300, context=64, rope_base=5e5, norm_epsilon=1e-6),
 }
 BATCHES = [(3, 33), (1, 1), (2, 40)]    # B, T: a tile and a row, one token, the whole context
@@ -102,6 +106,7 @@ class Chain:
 TRAINING = {
     "gpt": dict(family="gpt", layers=2, width=40, heads=5, vocabulary=61, context=24),
     "llama": dict(family="llama", layers=2, width=48, heads=6, kv_heads=2, vocabulary=61, context=24, tied=False),
+    "mixtral": dict(family="llama", layers=2, width=48, heads=6, kv_heads=2, vocabulary=61, context=24, mlp_width=64, tied=False) | EXPERTS,
 }
 STEPS, SEQUENCES, MICRO_BATCH = 20, 6, 3
 RATES = dict(rate=1e-2, rate_schedule="cosine", warmup=5, final_rate_share=0.1, weight_decay=0.1, clip=1.0)
@@ -130,10 +135,10 @@ def peer_steps(peer, source):
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)
-@pytest.mark.parametrize("family", TRAINING)
-def test_twenty_steps_of_adamw(family, compute, monkeypatch):
-    model, peer = both(TRAINING[family], compute, monkeypatch, std=0.1)
-    job = hf.make_job(TRAINING[family], compute, dict(steps=STEPS, batch=SEQUENCES, micro_batch=MICRO_BATCH), RATES)
+@pytest.mark.parametrize("kind", TRAINING)
+def test_twenty_steps_of_adamw(kind, compute, monkeypatch):
+    model, peer = both(TRAINING[kind], compute, monkeypatch, std=0.1)
+    job = hf.make_job(TRAINING[kind], compute, dict(steps=STEPS, batch=SEQUENCES, micro_batch=MICRO_BATCH), RATES)
     trainer = Trainer(model.ops, model, Gradients(model.ops, model.buckets), AdamW(model.ops, model.buckets, job.optimizer),
                       Mesh(Solo(), {}), job)
     source = Chain(model.shape.vocabulary, model.shape.context)
@@ -149,16 +154,16 @@ def test_twenty_steps_of_adamw(family, compute, monkeypatch):
     assert norms < {"float32": 1e-3, "float64": 1e-8}[compute]
     if compute == "float64":
         for parameter in model.parameters():
-            weight = hf.peer_array(peer, family, parameter.name)
+            weight = hf.peer_array(peer, kind, parameter.name)
             assert hf.difference(parameter.value, weight, RATES["rate"]) < 1e-7, parameter.name
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)
 @pytest.mark.parametrize("prompt", [[7], [1, 2, 3, 4, 5], list(range(60, 91))], ids=len)
-@pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_greedy_text_token_for_token(family, prompt, compute, monkeypatch):
-    kv = {} if family == "gpt" else {"kv_heads": 2}
-    section = dict(family=family, layers=2, width=60, heads=6, vocabulary=131, context=96, tied=False) | kv
+@pytest.mark.parametrize("kind", ["gpt", "llama", "mixtral"])
+def test_greedy_text_token_for_token(kind, prompt, compute, monkeypatch):
+    section = dict(family="gpt" if kind == "gpt" else "llama", layers=2, width=60, heads=6, vocabulary=131, context=96, tied=False)
+    section |= ({} if kind == "gpt" else {"kv_heads": 2}) | (EXPERTS if kind == "mixtral" else {})
     model, peer = both(section, compute, monkeypatch, std=0.3, seed=6)      # the best token leads by 0.002 of the spread or more
     tokens = torch.tensor([prompt])
     text = peer.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=60, do_sample=False, pad_token_id=0)

@@ -114,7 +114,8 @@ def _model(case):
     if case.family != "gpt":
         model["kv_heads"] = kv_heads
     if case.family == "moe":
-        model |= {"experts": case.ep + (case.experts != "even") if case.ep > 2 else 4 - (case.experts != "even"), "shared_experts": case.shared_experts}
+        experts = {1: 3, 2: 4, 3: 6}.get(case.ep, case.ep)
+        model |= {"experts": experts + (case.experts == "uneven"), "shared_experts": case.shared_experts}
     return model
 
 
@@ -143,7 +144,8 @@ def line_of(case):
     """The case as overrides of a job file: what a command line takes to have this layout."""
     sections = sections_of(case)
     sections["model"] = {"family": "gpt" if case.family == "gpt" else "llama"} | sections["model"]
-    return " ".join(f"{section}.{name}={json.dumps(value, separators=(',', ':'))}" for section, values in sections.items() for name, value in values.items())
+    return " ".join(f"{section}.{name}={json.dumps(value, separators=(',', ':'))}"
+                    for section, values in sections.items() for name, value in values.items())
 
 
 def is_valid(case):
@@ -214,8 +216,12 @@ def pairs_of(values):
 
 
 def features_of(case):
-    """What there is to cover and is in this case: pairs of values, and the factorisation."""
-    return set(pairs_of(values_of(case))) | {("mesh", case.dp, case.pp, case.cp, case.tp)}
+    """What there is to cover and is in this case: pairs of values, and the mesh as a whole."""
+    return set(pairs_of(values_of(case))) | {mesh_of(case)}
+
+
+def mesh_of(case):
+    return "mesh", case.dp, case.pp, case.cp, case.tp, case.ep
 
 
 @functools.cache
@@ -223,7 +229,7 @@ def possible():
     """{what is possible to cover: a valid case that has it}"""
     found = {}
     for structure in itertools.chain.from_iterable(map(structures, NUM_RANKS)):
-        found.setdefault(("mesh", structure.dp, structure.pp, structure.cp, structure.tp), completed(structure, first_of))
+        found.setdefault(mesh_of(structure), completed(structure, first_of))
         choices = [(name, value) for name, values in CHOICES.items() for value in values(structure) if value is not None]
         for pair in pairs_of(values_of(structure) + choices):
             if pair not in found:

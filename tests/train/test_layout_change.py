@@ -11,7 +11,7 @@ from mpillm.run.session import entries, gather_loaded
 from mpillm.store.checkpoint import load_newest, open_checkpoint, save
 from small_jobs import OPS, Source, job_of, trainer_of
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
 
 STEPS = 10              # of each layout
 SEED = 5                # with which no token stands between two experts by less than 6e-5: in float32 it might go either way
@@ -62,7 +62,8 @@ def test_a_run_that_changes_layout_at_every_resume_follows_one_that_never_did(gr
             save(shared_tmp, step, entries(trainer.model, moments=True), {"kind": "state"}, {}, group, OPS)
         free(trainer.mesh)
     differences = np.abs(np.array(losses) / losses_of_one_rank(group.size, compute) - 1)
-    assert differences.max() < tolerance, f"step {differences.argmax() + 1}: {differences.max():.1e}, in {layouts[differences.argmax() // STEPS]}"
+    worst = int(differences.argmax())
+    assert differences[worst] < tolerance, f"step {worst + 1}, in {layouts[worst // STEPS]}: {differences[worst]:.1e}"
 
 
 # ---- save on one layout, load on another ----------------------------------------------------------------------------
@@ -78,13 +79,14 @@ def model_on(num_ranks, kind):
 
 def layouts_on(n, kind):
     """Eight layouts of all n ranks."""
-    found = [{"dp": n}, {"tp": n}, {"dp": n, "zero": 3}, {"cp": n, "zero": 1}, {"pp": n, "zero": 1}, {"tp": n, "sequence": False, "zero": 3},
-             {"pp": 2, "tp": 2, "zero": 2} if n == 4 else {"dp": n, "zero": 2}]
+    found = [{"dp": n}, {"tp": n}, {"dp": n, "zero": 3}, {"cp": n, "zero": 1}, {"pp": n, "zero": 1},
+             {"tp": n, "sequence": False, "zero": 3}, {"pp": 2, "tp": 2, "zero": 2} if n == 4 else {"dp": n, "zero": 2}]
     if n > 1:
         found.append({"dp": n, "ep": n, "zero": 3} if kind == "moe" else {"pp": n, "schedule": "interleaved", "chunks": 2})
     return found
 
 
+@functools.cache
 def whole(name, shape):
     """What a tensor of a checkpoint holds: any bits of floats that are numbers, among them denormal ones and minus zero."""
     bits = np.random.default_rng(list(name.encode())).integers(0, 2**32, shape, dtype=np.uint32)
@@ -94,7 +96,7 @@ def whole(name, shape):
 
 
 def tensors_of(trainer):
-    """(name in the checkpoint, global shape, slab, array) of all that this rank keeps: masters, moments, and values where ZeRO leaves them."""
+    """(name in the checkpoint, global shape, slab, array) of all that a rank keeps: masters, moments, values but under ZeRO 3."""
     for parameter in trainer.model.parameters():
         for table, array in (("masters", parameter.master), ("moment1", parameter.moment1), ("moment2", parameter.moment2)):
             yield f"{table}/{parameter.name}", parameter.shape, parameter.updated, array

@@ -87,7 +87,8 @@ def test_zero_sends_2_or_3_times_the_parameters(dp, tied):
         gathers, gathered = buckets, half
         if zero == 3:       # forward and backward: the input table is not needed in backward, but in the forward of the loss if tied
             gathers, gathered = 2 * buckets - (not tied), 2 * half - (not tied) * around(TABLE, dp) // 2
-        assert traffic == {("dp", "all_reduce"): count, ("dp", "reduce_scatter"): (buckets, half), ("dp", "all_gather"): (gathers, gathered)}
+        assert traffic == {("dp", "all_reduce"): count, ("dp", "reduce_scatter"): (buckets, half),
+                           ("dp", "all_gather"): (gathers, gathered)}
 
 
 @pytest.mark.parametrize("zero, scatters, gathers", [(0, 0, 0), (1, 1, 1), (2, 4, 1), (3, 4, 8)])
@@ -111,7 +112,7 @@ def test_a_pipeline_sends_b_s_h_a_boundary_and_direction(pp, schedule, tp, seque
     for stage in range(pp):
         traffic = traffic_of(rank=stage * 2 * tp, pp=pp, tp=tp, sequence=sequence, schedule=schedule, chunks=chunks,
                              train={"micro_batch": micro_batch}, model={"layers": pp * chunks})
-        forward, backward = chunks - (stage == pp - 1), chunks - (stage == 0)       # boundaries behind and before the parts of the stage
+        forward, backward = chunks - (stage == pp - 1), chunks - (stage == 0)       # boundaries behind and before its parts
         calls = B // micro_batch * (forward + backward)
         assert traffic["pp", "send"] == (calls, calls * message)
         assert traffic["pp", "receive"] == (calls, 0)
@@ -163,7 +164,8 @@ def test_a_step_communicates_what_was_planned(group, case):
     found = entries_of(JOURNAL.since(before), case)
     free(trainer.mesh)
     expected = entries_of(needs(job, sizes_of(job.mesh, group.size), VOCABULARY, group.rank).traffic, case)
-    differing = {str(key): (found.get(key), expected.get(key)) for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)}
+    keys = sorted(found.keys() | expected.keys())
+    differing = {str(key): (found.get(key), expected.get(key)) for key in keys if found.get(key) != expected.get(key)}
     everywhere = {rank: lines for rank, lines in enumerate(group.collect(differing)) if lines}
     assert not everywhere, f"rank: (found, planned) in the layout\n  {line_of(case)}\n{everywhere}"
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from layouts import NUM_RANKS, every_case, factorisations, features_of, free, job_of_case, line_of, possible, sections_of, selection, selection_here
+from layouts import (NUM_RANKS, every_case, factorisations, features_of, free, job_of_case, line_of, possible, sections_of, selection,
+                     selection_here)
 from mpillm.config import UserError
 from mpillm.layout.compose import check_layout
 from mpillm.layout.mesh import sizes_of
@@ -105,8 +106,9 @@ def test_every_possible_pair_of_features_is_in_a_daily_case():
 
 
 def test_every_factorisation_is_in_a_daily_case():
-    meshes = {(case.dp, case.pp, case.cp, case.tp) for case in selection()}
-    assert meshes == {mesh for num_ranks in NUM_RANKS for mesh in factorisations(num_ranks, 4)}
+    meshes = {(case.dp, case.pp, case.cp, case.tp, case.ep) for case in selection()}
+    assert meshes == {(dp, pp, cp, tp, ep) for num_ranks in NUM_RANKS for dp, pp, cp, tp in factorisations(num_ranks, 4)
+                      for ep in range(1, dp * cp + 1) if dp * cp % ep == 0}
 
 
 def test_the_selection_is_the_same_each_time():
