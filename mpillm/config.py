@@ -188,6 +188,7 @@ def mesh_of(overrides):
     for section in values:
         if section != "mesh":
             raise UserError(f"override of [{section}]: the rest of the job is that of the checkpoint; only mesh.key=value may be given")
+    _section(Mesh, values.get("mesh", {}), "mesh", "command line")      # refuses what is no key or no value
     return values.get("mesh", {})
 
 

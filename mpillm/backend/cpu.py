@@ -65,8 +65,8 @@ class Cpu(Reference):
         self.note = "; ".join(line for line in (note, threads.slow_blas_note()) if line)
         self.blas = blas.find()
 
-    def return_freed_pages(self, size):
-        memory.return_freed_pages(size)
+    def passing(self, shape, dtype):
+        return memory.passing(shape, dtype)
 
     def set_threads(self, num_threads):
         super().set_threads(num_threads)

@@ -6,28 +6,32 @@ pool costs 5 us an array in Python and serves only what asks it; `mallopt` also 
 """
 
 import ctypes
+import math
+import mmap
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
+import numpy as np
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h> of glibc
+PAGES = 1 << 20         # bytes from which an array is worth pages of its own
 
 
 def keep_freed_pages():
     """Large arrays come from the heap, which is never given back to the system. Does nothing without glibc."""
-    _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
-
-
-def return_freed_pages(size):
-    """Arrays of `size` bytes or more go back to the system when they are freed, which costs the time to fault their pages in anew.
-
-    For values that come and go (ZeRO 3): on the heap they leave holes (124M weights, 4 ranks: 15 % more memory). glibc takes
-    no `size` above 32 MiB.
-    """
-    _set({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: min(size, 32 << 20)})
-
-
-def _set(options):
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for option, value in options.items():
-        mallopt(option, value)
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def passing(shape, dtype):
+    """An array whose memory goes back to the system when it is freed: for large ones that come and go at their own times.
+
+    On the heap they would leave holes: with ZeRO 3 (124M weights, 4 ranks) 15 % more memory.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size < PAGES:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

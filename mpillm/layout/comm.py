@@ -127,7 +127,7 @@ class Solo:
     def reduce_scatter(self, x, counts):
         return x
 
-    def reduce_scatter_start(self, x, ranges, out):
+    def reduce_scatter_start(self, x, ranges, out, empty=None):
         out[...] = x
         return Pending([], self._begin("reduce_scatter", x))
 
@@ -236,7 +236,7 @@ class Group:
         self.reduce_scatter_start(x, ranges_of(counts), out).wait()
         return out
 
-    def reduce_scatter_start(self, x, ranges, out):
+    def reduce_scatter_start(self, x, ranges, out, empty=None):
         """Starts the sum of flat `x`; `out` gets this rank's part of it, of which it may be a view.
 
         Every rank sends every other its part and adds what it gets in the order of ranks: as few bytes as a
@@ -249,14 +249,16 @@ class Group:
             Not to be touched until `wait()`.
         ranges : callable
             rank -> list of (start, stop): the elements of `x` that the rank gets, one after the other in its `out`.
+        empty : callable
+            (shape, dtype) -> array, for what is received; that of the group when left out.
         """
         call = self._begin("reduce_scatter", x, x.nbytes - out.nbytes, self._parts(x, ranges))
-        return self._reduce_scatter_start(x, ranges, out, call)
+        return self._reduce_scatter_start(x, ranges, out, call, empty)
 
-    def _reduce_scatter_start(self, x, ranges, out, call):
+    def _reduce_scatter_start(self, x, ranges, out, call, empty=None):
         pieces = lambda rank: [x[start:stop] for start, stop in ranges(rank)]
         size = extent(ranges(self.rank))
-        parts = [None if rank == self.rank else self.empty((size,), x.dtype) for rank in range(self.size)]
+        parts = [None if rank == self.rank else (empty or self.empty)((size,), x.dtype) for rank in range(self.size)]
         requests = self._exchange(pieces, lambda rank: in_messages(parts[rank], ranges(self.rank)), self._next_tag())
 
         def add_up():

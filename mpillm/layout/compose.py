@@ -30,11 +30,11 @@ def _numbers(found):
 def _heads(model, mesh, sizes):
     tp = sizes["tp"]
     if model.heads % tp:
-        good = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and _fits(kv_of(model), n)]
+        good = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and _fits(_kv_of(model), n)]
         return f"mesh: tp={tp} does not divide model.heads={model.heads}; use tp of {_numbers(good)}"
 
 
-def kv_of(model):
+def _kv_of(model):
     return model.kv_heads or model.heads
 
 
@@ -44,7 +44,7 @@ def _fits(kv_heads, ranks):
 
 
 def _kv_heads(model, mesh, sizes):
-    tp, kv = sizes["tp"], kv_of(model)
+    tp, kv = sizes["tp"], _kv_of(model)
     if not _fits(kv, tp):
         good = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and _fits(kv, n)]
         return f"mesh: tp={tp} neither divides model.kv_heads={kv} nor is a multiple of it; use tp of {_numbers(good)}"
@@ -56,7 +56,7 @@ def _ring(model, mesh, sizes):
 
 
 def _ulysses(model, mesh, sizes):
-    cp, heads, kv = sizes["cp"], model.heads // sizes["tp"], max(1, kv_of(model) // sizes["tp"])
+    cp, heads, kv = sizes["cp"], model.heads // sizes["tp"], max(1, _kv_of(model) // sizes["tp"])
     if mesh.cp_form != "ulysses" or cp == 1:
         return None
     good = [n for n in range(1, heads + 1) if heads % n == 0 and _fits(kv, n) and n <= model.context]
@@ -69,7 +69,8 @@ def _experts(model, mesh, sizes):
     if sizes["ep"] > 1 and not model.experts:
         return f"mesh: ep={sizes['ep']} with model.experts=0: there are no experts to split; use ep = 1, or set model.experts"
     if sizes["ep"] > max(1, model.experts):
-        return f"mesh: ep={sizes['ep']} is more than model.experts={model.experts}; use ep of 1 to {model.experts}"
+        good = [n for n in range(1, model.experts + 1) if sizes["dp"] * sizes["cp"] % n == 0]
+        return f"mesh: ep={sizes['ep']} is more than model.experts={model.experts}; use ep of {_numbers(good)}"
 
 
 def _chunks(model, mesh, sizes):

@@ -14,7 +14,7 @@ RECORD_LENGTH = 256         # calls that the flight recorder remembers
 class Traffic(NamedTuple):
     """What a rank did along one axis by one operation."""
     calls: int
-    bytes: int      # that this rank sends, as the direct or ring form of the operation needs: half of 2 (p-1)/p n for a gather
+    bytes: int      # that this rank sends: of the whole array (p-1)/p in a gather or scatter, 2 (p-1)/p in an all-reduce
 
 
 class Call:

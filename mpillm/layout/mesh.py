@@ -159,7 +159,7 @@ class Mesh:
             axis, block = (key, 1) if isinstance(key, str) else key
             if axis in ("pp", "ends"):
                 kept.append("pp" if self.sizes["pp"] == 1 else axis)
-            elif self.sizes.get({"ep_group": "ep"}.get(axis, axis), 1) > block or axis == "ep_group":
+            elif axis == "ep_group" or self.sizes[axis] > block:
                 kept.append(key)
         return tuple(kept)
 

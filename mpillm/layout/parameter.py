@@ -246,6 +246,7 @@ class Bucket:
             self.size += held.size
         self._cuts = tuple((parameter.held.shape, parameter.owned_dim) for parameter in self.parameters)
         self.counts = counts_of_replicas(self._cuts, self.group.size)
+        self.empty = ops.passing if self.zero == 3 else ops.empty       # for what comes and goes in a step
         self.uncounted = [] if mesh.coord("tp") == 0 else [p for p in self.parameters if "tp" not in p.axes and not p.partial]
         self._allocate()
 
@@ -287,7 +288,7 @@ class Bucket:
         """Starts to gather the values from their owners, where they are not here (ZeRO 3)."""
         if self.values is not None:
             return
-        self.values = self.ops.empty((self.size,), self.dtype)
+        self.values = self.empty((self.size,), self.dtype)
         for parameter in self.parameters:
             self.ops.copy(self._part(self.values, parameter)[parameter.owned.within(parameter.held)], parameter.master)
         self._fetching = self.group.all_gather_start(self.values, self.ranges)
@@ -314,7 +315,7 @@ class Bucket:
     def make_grads(self):
         """Makes the gradients, not yet written, unless they are there."""
         if self._grads is None:
-            self._grads = self.ops.empty((self.size,), self.dtype)
+            self._grads = self.empty((self.size,), self.dtype)
             self.clear()
 
     def free_grads(self):

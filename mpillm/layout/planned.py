@@ -61,7 +61,13 @@ class Planned(Group):
     def _started(self, x, *arguments):
         return Started([], arguments[-1])
 
-    _all_reduce_start = _reduce_scatter_start = _all_gather_start = _shift_start = _started
+    _all_gather_start = _shift_start = _started
+
+    def _reduce_scatter_start(self, x, ranges, out, call, empty=None):
+        return Started([], call, kept=self.empty(((self.size - 1) * out.size,), x.dtype))       # what `Group` receives into
+
+    def _all_reduce_start(self, x, call):
+        return Started([], call, kept=self.empty(((self.size - 1) * cut(x.size, self.size, self.rank)[1],), x.dtype))
 
     def _parts(self, x, ranges):
         return x.size, _digest(ranges, self.size)

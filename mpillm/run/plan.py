@@ -1,5 +1,6 @@
 """What a job will need, from running one step of it on arrays without data: `mpillm train --dry-run`."""
 
+import math
 from typing import NamedTuple
 
 from ..backend.shapes import Shapes
@@ -54,19 +55,12 @@ def needs(job, sizes, vocabulary, rank=0):
     before = journal.snapshot()
     trainer.train_step(1, RandomBatches(vocabulary, job.model.context, job.train.seed), 0)
     share = -(-job.train.batch // sizes["dp"])
-    return Needs(parameters=sum(_elements(parameter.shape) for parameter in model.every_parameter()),
+    return Needs(parameters=sum(math.prod(parameter.shape) for parameter in model.every_parameter()),
                  values=sum(bucket.kept.nbytes for bucket in model.buckets),
                  moments=sum(moment.nbytes for bucket in model.buckets for moment in bucket.moments),
                  gradients=sum((bucket.owned_grads if bucket.zero >= 2 else bucket.grads).nbytes for bucket in model.buckets),
                  peak=ops.peak, flops=model.flops_per_token() * job.train.batch * job.model.context,
                  micro_batches=-(-share // trainer.micro_batch()), traffic=journal.since(before))
-
-
-def _elements(shape):
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def table(job, sizes, vocabulary):

@@ -17,7 +17,7 @@ from ..layout.agreement import on_root
 from ..store.checkpoint import load_named
 from ..store.hyperslab import Entry
 
-TYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+TYPES = {"float32": np.float32, "float64": np.float64}
 
 
 class Session(NamedTuple):
@@ -67,8 +67,6 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
     model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
                         job.train.recompute if recompute is None else recompute, mesh, layout)
     model.place(job.mesh.zero)
-    if job.mesh.zero == 3 and model.blocks:
-        ops.return_freed_pages(min(max(bucket.size for bucket in block.buckets) for block in model.blocks.values()) * model.dtype.itemsize)
     return Session(job, ops, mesh, model)
 
 

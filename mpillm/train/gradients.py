@@ -49,8 +49,8 @@ class Gradients:
         if bucket.zero == 0:
             self.pending.append(Reduction(bucket, bucket.group.all_reduce_start(bucket.grads), None))
             return
-        out = self.ops.empty(bucket.owned_grads.shape, bucket.dtype)
-        message = bucket.group.reduce_scatter_start(bucket.grads, bucket.ranges, out)
+        out = bucket.empty(bucket.owned_grads.shape, bucket.dtype)
+        message = bucket.group.reduce_scatter_start(bucket.grads, bucket.ranges, out, bucket.empty)
         self.pending.append(Reduction(bucket, message, out))
         if bucket.zero >= 2:
             bucket.free_grads()

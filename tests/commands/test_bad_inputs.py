@@ -138,7 +138,7 @@ bad("tp-of-kv-heads", "train job.toml --dry-run --ranks 4 model.width=24 model.h
 bad("cp-of-few-tokens", "train job.toml --dry-run --ranks 5 mesh.cp=5", "mesh: cp=5 needs 2 cp = 10 blocks", "model.context=8", "use cp of 1 to 4")
 bad("cp-of-heads", "train job.toml --dry-run --ranks 4 mesh.cp=4 mesh.cp_form=ulysses", "mesh: cp=4", "2 query heads", "use cp of 1, 2", 'cp_form = "ring"')
 bad("ep-without-experts", "train job.toml --dry-run --ranks 2 mesh.ep=2", "mesh: ep=2 with model.experts=0", "use ep = 1")
-bad("ep-of-experts", "train job.toml --dry-run --ranks 4 mesh.ep=4 model.experts=2", "mesh: ep=4 is more than model.experts=2", "use ep of 1 to 2")
+bad("ep-of-experts", "train job.toml --dry-run --ranks 4 mesh.ep=4 model.experts=2", "mesh: ep=4 is more than model.experts=2", "use ep of 1, 2")
 bad("ep-of-ranks", "train job.toml --dry-run --ranks 4 mesh.ep=3 model.experts=4", "mesh: ep=3 does not divide dp x cp = 4", "use ep of 1, 2, 4")
 bad("chunks-of-1f1b", "train job.toml --dry-run --ranks 2 mesh.pp=2 mesh.chunks=2", "mesh: chunks=2", 'only "interleaved"', "use chunks = 1")
 bad("one-chunk-interleaved", "train job.toml --dry-run --ranks 2 mesh.pp=2 mesh.schedule=interleaved", "chunks=1", "it needs 2 or more of both", '"1f1b"')
