@@ -84,11 +84,9 @@ def _heading(job, sizes, full):
 
 
 def _layout(job, sizes):
-    from ..layout.mesh import AXES
+    from ..layout.mesh import AXES, num_ranks_of
 
-    ranks = 1
-    for axis in AXES:
-        ranks *= sizes[axis]
+    ranks = num_ranks_of(sizes)
     axes = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1)
     more = [f"ep={sizes['ep']}"] * (sizes["ep"] > 1) + [f"zero={job.mesh.zero}"]
     more += [job.mesh.schedule] * (sizes["pp"] > 1) + [job.mesh.cp_form] * (sizes["cp"] > 1) + [f"recompute {job.train.recompute}"]

@@ -30,8 +30,7 @@ def _numbers(found):
 def _heads(model, mesh, sizes):
     tp = sizes["tp"]
     if model.heads % tp:
-        good = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and _fits(_kv_of(model), n)]
-        return f"mesh: tp={tp} does not divide model.heads={model.heads}; use tp of {_numbers(good)}"
+        return f"mesh: tp={tp} does not divide model.heads={model.heads}; use tp of {_numbers(_dividing(model.heads, _kv_of(model)))}"
 
 
 def _kv_of(model):
@@ -43,11 +42,15 @@ def _fits(kv_heads, ranks):
     return kv_heads % ranks == 0 or ranks % kv_heads == 0
 
 
+def _dividing(heads, kv_heads):
+    """The numbers of ranks that the heads can be dealt to."""
+    return [n for n in range(1, heads + 1) if heads % n == 0 and _fits(kv_heads, n)]
+
+
 def _kv_heads(model, mesh, sizes):
     tp, kv = sizes["tp"], _kv_of(model)
     if not _fits(kv, tp):
-        good = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and _fits(kv, n)]
-        return f"mesh: tp={tp} neither divides model.kv_heads={kv} nor is a multiple of it; use tp of {_numbers(good)}"
+        return f"mesh: tp={tp} neither divides model.kv_heads={kv} nor is a multiple of it; use tp of {_numbers(_dividing(model.heads, _kv_of(model)))}"
 
 
 def _ring(model, mesh, sizes):
@@ -59,7 +62,7 @@ def _ulysses(model, mesh, sizes):
     cp, heads, kv = sizes["cp"], model.heads // sizes["tp"], max(1, _kv_of(model) // sizes["tp"])
     if mesh.cp_form != "ulysses" or cp == 1:
         return None
-    good = [n for n in range(1, heads + 1) if heads % n == 0 and _fits(kv, n) and n <= model.context]
+    good = [n for n in _dividing(heads, kv) if n <= model.context]
     if cp not in good:
         return (f"mesh: cp={cp} with cp_form = \"ulysses\" has to divide the {heads} query heads of a tp rank, and to divide its {kv} key/value "
                 f"heads or be a multiple of them; use cp of {_numbers(good)}, or cp_form = \"ring\"")

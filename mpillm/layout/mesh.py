@@ -51,6 +51,11 @@ def sizes_of(config, num_ranks):
     return given | {"ep": config.ep}
 
 
+def num_ranks_of(sizes):
+    """Ranks of a job whose axes have these sizes."""
+    return math.prod(sizes[axis] for axis in AXES)
+
+
 def coordinates(sizes, rank):
     """Where `rank` stands: {axis: coordinate}, ep included."""
     coords, rest = {}, rank
@@ -99,7 +104,7 @@ class Mesh:
 
     def __init__(self, group, sizes, rank=None, planned=None):
         self.sizes = {axis: sizes.get(axis, 1) for axis in AXES + ("ep",)}
-        self.num_ranks = math.prod(self.sizes[axis] for axis in AXES)
+        self.num_ranks = num_ranks_of(self.sizes)
         self.rank = group.rank if rank is None else rank
         if group is not None and group.size != self.num_ranks:
             factors = " x ".join(f"{axis}={self.sizes[axis]}" for axis in AXES)

@@ -15,9 +15,9 @@ import time
 from typing import NamedTuple
 
 from ..layout.comm import Solo
-from ..layout.mesh import AXES, coordinates
+from ..layout.mesh import AXES, coordinates, num_ranks_of
 from .data import TrainingData
-from .play import MESSAGES, WAIT, WrongOrder, num_ranks, play, rank_name
+from .play import MESSAGES, WAIT, WrongOrder, play, rank_name
 
 
 class Proof(NamedTuple):
@@ -36,7 +36,7 @@ def prove(job, sizes, vocabulary):
         They do not: rank, action and partner.
     """
     known = {}
-    plays = [play(job, sizes, rank, vocabulary, known) for rank in range(num_ranks(sizes))]
+    plays = [play(job, sizes, rank, vocabulary, known) for rank in range(num_ranks_of(sizes))]
     return match(plays, sizes)
 
 
@@ -275,7 +275,7 @@ def order_report(job, sizes):
     """
     started = time.perf_counter()
     vocabulary = job.model.vocabulary or TrainingData(job, Solo()).vocabulary
-    count = num_ranks(sizes)
+    count = num_ranks_of(sizes)
     layout = f"order of {count:,} rank{'s' * (count > 1)} ({' x '.join(f'{axis}={sizes[axis]}' for axis in AXES)})"
     try:
         proof = prove(job, sizes, vocabulary)

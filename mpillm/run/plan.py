@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..backend.shapes import Shapes
 from ..layout.journal import Journal, ledger_table
-from ..layout.mesh import AXES, Mesh
+from ..layout.mesh import AXES, Mesh, num_ranks_of
 from ..model.shape import Shape, layers_of_parts
 from ..text.batches import RandomBatches
 from ..train.gradients import Gradients
@@ -65,10 +65,11 @@ def needs(job, sizes, vocabulary, rank=0):
 
 def table(job, sizes, vocabulary):
     """The lines that `--dry-run` prints: of the rank that needs the most memory, and of the one that sends the most."""
-    per_stage = sizes["dp"] * sizes["cp"] * sizes["tp"]
+    ranks = num_ranks_of(sizes)
+    per_stage = ranks // sizes["pp"]
     stages = [needs(job, sizes, vocabulary, stage * per_stage) for stage in range(sizes["pp"])]
     largest, busiest = max(stages, key=lambda found: found.peak), max(stages, key=lambda found: found.sent)
-    ranks, tokens = sizes["pp"] * per_stage, job.train.batch * job.model.context
+    tokens = job.train.batch * job.model.context
     of_stage = f" (stage {stages.index(largest)} of {len(stages)})" if len(stages) > 1 else ""
     rows = [
         ("model", f"{job.model.family}, {job.model.layers} layers, width {job.model.width}, vocabulary {job.model.vocabulary or vocabulary}: "

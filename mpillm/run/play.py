@@ -6,14 +6,13 @@ completes the gradients; the calls of the others are the same, in the order of t
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 from ..backend.shapes import Shapes
 from ..layout.journal import Journal
-from ..layout.mesh import AXES, Mesh, coordinates
+from ..layout.mesh import AXES, Mesh, coordinates, num_ranks_of
 from ..layout.planned import Planned
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
@@ -28,10 +27,6 @@ MESSAGES = ("send", "receive")
 
 class WrongOrder(Exception):
     """Ranks that do not fit together: one line with rank, action and partner."""
-
-
-def num_ranks(sizes):
-    return math.prod(sizes[axis] for axis in AXES)
 
 
 def rank_name(sizes, rank):
@@ -185,7 +180,7 @@ def play(job, sizes, rank, vocabulary, known):
     WrongOrder
         The rank fails by itself.
     """
-    ops, recorder = Shapes(), Recorder(known, num_ranks(sizes))
+    ops, recorder = Shapes(), Recorder(known, num_ranks_of(sizes))
     try:
         mesh = PlayedMesh.plan(sizes, rank, journal=recorder, empty=ops.empty)
         model = build(job, mesh, vocabulary, ops).model
