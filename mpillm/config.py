@@ -114,7 +114,7 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Run:
     name: str = option("runs/<name>/ is the run directory")
-    device: str = option("where numbers are computed", "cpu", choices=("cpu", "gpu"))
+    device: str = option("where numbers are computed; auto: GPUs for as many ranks of a node as it has", "cpu", choices=("cpu", "gpu", "auto"))
     time_limit: float | None = option("seconds after which the run saves and stops", None, above=0.0)
     log_every: int = option("steps between lines of metrics.jsonl", 1, at_least=1)
 
@@ -293,8 +293,6 @@ def _check_run(job, refuse):
                 refuse(f"data.train: weight {weight!r} of {file}: expected a number more than 0")
         if not job.data.train:
             refuse("data.train is an empty table: expected {file = weight}")
-    if job.precision.compute in ("bfloat16", "float16") and job.run.device == "cpu":
-        refuse(f"precision.compute = {job.precision.compute!r} with run.device = \"cpu\": half precision is not computed on the CPU yet; use float32 or float64")
 
 
 def job_to_dict(job):

@@ -196,8 +196,6 @@ WRONG_VALUES = {
     'data.train={"a.h5" = true}': ["data.train: weight True of a.h5"],
     'data.train={"a.h5" = inf}': ["data.train: weight inf of a.h5"],
     'data.train={"a\\nb" = 0}': ["data.train: weight 0"],
-    "precision.compute=bfloat16": ["precision.compute = 'bfloat16'", 'run.device = "cpu"', "use float32 or float64"],
-    "precision.compute=float16": ["precision.compute = 'float16'", "use float32 or float64"],
     # overrides themselves
     "train.steps": ["override 'train.steps'", "expected section.key=value"],
     "steps=3": ["override 'steps=3'", "such as train.steps=100"],

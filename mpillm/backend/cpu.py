@@ -102,39 +102,48 @@ class Cpu(Reference):
 
     # -- norms --------------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x, weight, eps):
+    def rms_norm(self, x, weight, eps, residual=None):
         kernel = self.kernels.get(("rms_norm", x.dtype))
         if kernel is None or not is_plain(x.dtype, x, weight):
-            return super().rms_norm(x, weight, eps)
+            return super().rms_norm(x, weight, eps, residual)
+        if residual is not None:
+            self.add(x, residual)
         y, rstd = np.empty_like(x), np.empty(len(x), x.dtype)
         kernel(address(y), address(rstd), address(x), address(weight), eps, *x.shape)
         return y, rstd
 
-    def rms_norm_backward(self, dy, x, weight, rstd, dweight):
+    def rms_norm_backward(self, dy, x, weight, rstd, dweight, residual=None):
         kernel = self.kernels.get(("rms_norm_backward", x.dtype))
         arrays = dweight, dy, x, weight, rstd
         if kernel is None or not is_plain(x.dtype, *arrays):
-            return super().rms_norm_backward(dy, x, weight, rstd, dweight)
+            return super().rms_norm_backward(dy, x, weight, rstd, dweight, residual)
         dx = np.empty_like(x)
         kernel(address(dx), *map(address, arrays), *x.shape)
+        return self._plus(dx, residual)
+
+    def _plus(self, dx, residual):
+        if residual is not None:
+            self.add(dx, residual)
         return dx
 
-    def layer_norm(self, x, weight, bias, eps):
+    def layer_norm(self, x, weight, bias, eps, residual=None):
         kernel = self.kernels.get(("layer_norm", x.dtype))
         if kernel is None or not is_plain(x.dtype, x, weight, bias):
-            return super().layer_norm(x, weight, bias, eps)
+            return super().layer_norm(x, weight, bias, eps, residual)
+        if residual is not None:
+            self.add(x, residual)
         y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
         kernel(*map(address, (y, mean, rstd, x, weight, bias)), eps, *x.shape)
         return y, mean, rstd
 
-    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias):
+    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias, residual=None):
         kernel = self.kernels.get(("layer_norm_backward", x.dtype))
         arrays = dweight, dbias, dy, x, weight, mean, rstd
         if kernel is None or not is_plain(x.dtype, *arrays):
-            return super().layer_norm_backward(dy, x, weight, mean, rstd, dweight, dbias)
+            return super().layer_norm_backward(dy, x, weight, mean, rstd, dweight, dbias, residual)
         dx = np.empty_like(x)
         kernel(address(dx), *map(address, arrays), *x.shape)
-        return dx
+        return self._plus(dx, residual)
 
     # -- pointwise ----------------------------------------------------------------------------------------------
 
@@ -281,18 +290,18 @@ class Cpu(Reference):
 
     # -- optimizer, initialisation, checks ----------------------------------------------------------------------
 
-    def adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
+    def _adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
         kernel = self.kernels.get(("adamw", weight.dtype))
         arrays = weight, grad, moment1, moment2
         if kernel is None or not is_plain(weight.dtype, *arrays):
-            return super().adamw(weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale)
+            return super()._adamw(weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale)
         pace, correction = rate / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
         kernel(*map(address, arrays), beta1, beta2, 1.0 - rate * decay, pace, correction, eps, scale, weight.size)
 
-    def square_sum(self, x):
+    def _square_sum(self, x):
         kernel = self.kernels.get(("square_sum", x.dtype))
         if kernel is None or not is_plain(x.dtype, x):
-            return super().square_sum(x)
+            return super()._square_sum(x)
         return kernel(address(x), x.size)
 
     def normal(self, out, key, row, column, columns, std):

@@ -1,10 +1,15 @@
 """Every operation of the backend in plain NumPy: the definition of what the kernels compute.
 
 Letters: N rows (tokens), C width, B batch, T queries, S keys, H heads, K kv heads, D head width, V vocabulary, E experts.
-Arrays are float32 or float64 with a contiguous last dimension unless said; arguments named like results
+Arrays are of one type, float32 or float64, with a contiguous last dimension unless said; arguments named like results
 (`out`, `dx`, `dweight`, ...) are written in place, weight gradients are added to.
+
+A backend may also compute with 16-bit floats. Then activations and values of weights are of that type, and float32
+(`wide_of`) are: gradients of weights, masters, moments, mean, rstd, lse, cos, sin, what belongs to routing, statistics
+and `scale` of the loss. Every operation computes in float32 and rounds once.
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -22,6 +27,8 @@ class Reference:
 
     name = "numpy"
     note = ""  # one line for the user when something is slower than it could be
+    # Logits of a chunk of the output table, at most: with 4 M the products of a 50,257-token table ran at 2/3 the speed.
+    logit_elements = 16 * 2**20
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -35,7 +42,18 @@ class Reference:
         return np.ascontiguousarray(array)
 
     def to_host(self, array):
+        """The array in host memory: itself where it is there already."""
         return array
+
+    def put(self, array, host):
+        """The array becomes a copy of one in host memory, unless it is that one."""
+        if array is not host:
+            np.copyto(array, host)
+
+    @property
+    def host(self):
+        """The backend of host memory."""
+        return self
 
     def copy(self, dst, src):
         np.copyto(dst, src)
@@ -44,12 +62,24 @@ class Reference:
         """x[...] = value"""
         x[...] = value
 
+    def constant(self, array):
+        """As `from_host`, for small tables that are asked for again and again; not to be written to."""
+        return self.from_host(array)
+
+    def padded(self, shape, dtype):
+        """As `empty` for (rows, columns), perhaps as a view with longer rows, where products are faster with them."""
+        return self.empty(shape, dtype)
+
     def synchronize(self):
         """Waits for the device; the CPU has nothing to wait for."""
 
     def passing(self, shape, dtype):
         """As `empty`, for large arrays that come and go while others stay: their memory goes back to the system."""
         return self.empty(shape, dtype)
+
+    def range(self, name):
+        """A context whose work profilers show under a name, where there are any."""
+        return contextlib.nullcontext()
 
     def set_threads(self, num_threads):
         """Threads of BLAS and of the kernels in this process."""
@@ -69,6 +99,18 @@ class Reference:
             np.matmul(a, b, out=out)
         return out
 
+    def linear(self, x, weight, bias=None, out=None):
+        """y (N, O) = x (N, I) weight (O, I)^T + bias (O,), perhaps in `out`."""
+        y = self.matmul(x, weight.T, out=out)
+        if bias is not None:
+            self.add_bias(y, bias)
+        return y
+
+    def linear_gelu(self, x, weight, bias):
+        """hidden (N, O) = x (N, I) weight (O, I)^T + bias (O,), and GELU(hidden)."""
+        hidden = self.matmul(x, weight.T)
+        return hidden, self.gelu(hidden, bias)
+
     def add(self, y, x):
         """y += x"""
         np.add(y, x, out=y)
@@ -83,33 +125,45 @@ class Reference:
 
     # -- norms --------------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x, weight, eps):
-        """y (N, C) = x rstd weight, rstd (N,) = 1 / sqrt(mean(x^2) + eps)  (Zhang & Sennrich 2019)."""
+    def rms_norm(self, x, weight, eps, residual=None):
+        """y (N, C) = x rstd weight, rstd (N,) = 1 / sqrt(mean(x^2) + eps)  (Zhang & Sennrich 2019).
+
+        With `residual` (N, C), x += residual first.
+        """
+        if residual is not None:
+            self.add(x, residual)
         rstd = 1.0 / np.sqrt(np.square(x).mean(axis=1) + x.dtype.type(eps))
         return x * rstd[:, None] * weight, rstd
 
-    def rms_norm_backward(self, dy, x, weight, rstd, dweight):
-        """dx (N, C); dweight (C,) +="""
+    def rms_norm_backward(self, dy, x, weight, rstd, dweight, residual=None):
+        """dx (N, C), to which the gradient `residual` (N, C) is added; dweight (C,) +="""
         normed = x * rstd[:, None]
         dweight += column_sums(dy * normed)
         dnormed = dy * weight
-        return rstd[:, None] * (dnormed - normed * (dnormed * normed).mean(axis=1)[:, None])
+        dx = rstd[:, None] * (dnormed - normed * (dnormed * normed).mean(axis=1)[:, None])
+        return dx if residual is None else np.add(dx, residual, out=dx)
 
-    def layer_norm(self, x, weight, bias, eps):
-        """y (N, C) = (x - mean) rstd weight + bias, mean (N,), rstd (N,)  (Ba et al. 2016)."""
+    def layer_norm(self, x, weight, bias, eps, residual=None):
+        """y (N, C) = (x - mean) rstd weight + bias, mean (N,), rstd (N,)  (Ba et al. 2016).
+
+        With `residual` (N, C), x += residual first.
+        """
+        if residual is not None:
+            self.add(x, residual)
         mean = x.mean(axis=1)
         centred = x - mean[:, None]
         rstd = 1.0 / np.sqrt(np.square(centred).mean(axis=1) + x.dtype.type(eps))
         return centred * rstd[:, None] * weight + bias, mean, rstd
 
-    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias):
-        """dx (N, C); dweight, dbias (C,) +="""
+    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias, residual=None):
+        """dx (N, C), to which the gradient `residual` (N, C) is added; dweight, dbias (C,) +="""
         normed = (x - mean[:, None]) * rstd[:, None]
         dweight += column_sums(dy * normed)
         dbias += column_sums(dy)
         dnormed = dy * weight
         inner = (dnormed * normed).mean(axis=1)[:, None]
-        return rstd[:, None] * (dnormed - dnormed.mean(axis=1)[:, None] - normed * inner)
+        dx = rstd[:, None] * (dnormed - dnormed.mean(axis=1)[:, None] - normed * inner)
+        return dx if residual is None else np.add(dx, residual, out=dx)
 
     # -- pointwise ----------------------------------------------------------------------------------------------
 
@@ -206,6 +260,16 @@ class Reference:
 
     # -- vocabulary ---------------------------------------------------------------------------------------------
 
+    def cross_entropy(self, logits, targets, scale, loss, gradient=True):
+        """loss (1,) float64 += the sum over rows of scale * nll; with `gradient`, logits (N, V) become its gradient.
+
+        Every target (N,) is a column; scale (N,). Without `gradient`, the logits are used up.
+        """
+        row_max, row_sum, target_logit = self.cross_entropy_stats(logits, targets, 0)
+        self.loss_sum(row_max, row_sum, target_logit, scale, loss)
+        if gradient:
+            self.cross_entropy_gradient(logits, targets, 1 / row_sum, scale, 0)
+
     def cross_entropy_stats(self, logits, targets, first):
         """Statistics of logits (N, V_local), columns first..first+V_local; logits become exp(logit - row_max).
 
@@ -225,10 +289,25 @@ class Reference:
         np.exp(logits, out=logits)
         return row_max, logits.sum(axis=1), target_logit
 
-    def loss_sum(self, row_max, row_sum, target_logit, scale):
-        """The sum over rows of scale * (log(row_sum) + row_max - target_logit), in float64; all (N,)."""
+    def softmax_parts(self, row_max, largest, row_sum, target_logit):
+        """Sums of rows whose columns lie on several ranks, from `row_max` to the maximum `largest` over all; all (N,).
+
+        Returns
+        -------
+        sums : (2, N), row_sum * shrink and target_logit
+        shrink : (N,), exp(row_max - largest)
+        """
+        shrink = np.exp(row_max - largest)
+        return np.stack([row_sum * shrink, target_logit]), shrink
+
+    def softmax_factor(self, shrink, row_sum):
+        """(N,): shrink / row_sum"""
+        return shrink / row_sum
+
+    def loss_sum(self, row_max, row_sum, target_logit, scale, loss):
+        """loss (1,) float64 += the sum over rows of scale * (log(row_sum) + row_max - target_logit); all (N,)."""
         nll = np.log(row_sum, dtype=np.float64) + (row_max.astype(np.float64) - target_logit)
-        return float(np.dot(nll, scale.astype(np.float64)))
+        loss += np.dot(nll, scale.astype(np.float64))
 
     def cross_entropy_gradient(self, exps, targets, factor, coefficient, first):
         """exps (N, V_local) become dlogits: exps * factor * coefficient, minus coefficient at the target."""
@@ -250,11 +329,17 @@ class Reference:
 
     # -- optimizer, initialisation, checks ----------------------------------------------------------------------
 
-    def adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
-        """One AdamW step on flat arrays, in place, with the gradient grad * scale; step counts from 1.
+    def adamw(self, updates, rate, beta1, beta2, eps, step, scale):
+        """One AdamW step on each `backend.Update` of a list, in place, with the gradient grad * scale; step counts from 1.
 
         Arithmetic of PyTorch's AdamW: decoupled decay, eps outside the square root  (Loshchilov & Hutter 2019).
         """
+        for weight, grad, moment1, moment2, value, decay in updates:
+            self._adamw(weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale)
+            if value is not None:
+                self.copy(value, weight)
+
+    def _adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
         g = grad * weight.dtype.type(scale)
         weight *= 1.0 - rate * decay
         moment1 += (1.0 - beta1) * (g - moment1)
@@ -263,8 +348,11 @@ class Reference:
         denominator = np.sqrt(moment2) / math.sqrt(1.0 - beta2**step) + eps
         weight -= (rate / (1.0 - beta1**step)) * moment1 / denominator
 
-    def square_sum(self, x):
-        """Sum of squares of all elements, accumulated in float64; NaN and inf come through."""
+    def square_sum(self, arrays):
+        """Sum of squares of all elements of a list of arrays, accumulated in float64; NaN and inf come through."""
+        return sum(map(self._square_sum, arrays), 0.0)
+
+    def _square_sum(self, x):
         flat = x.reshape(-1)
         total = 0.0
         with np.errstate(over="ignore"):

@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 
 from .reference import Reference
+from .types import wide_of
 
 
 class Place(bytearray):
@@ -107,17 +108,18 @@ class Shapes(Reference):
 
     # -- layers -------------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x, weight, eps):
-        return self._like(x), self.empty(x.shape[:1], x.dtype)
+    def rms_norm(self, x, weight, eps, residual=None):
+        return self._like(x), self.empty(x.shape[:1], wide_of(x.dtype))
 
-    def rms_norm_backward(self, dy, x, weight, rstd, dweight):
+    def rms_norm_backward(self, dy, x, weight, rstd, dweight, residual=None):
         _same(dy, x)
         return self._like(x)
 
-    def layer_norm(self, x, weight, bias, eps):
-        return self._like(x), self.empty(x.shape[:1], x.dtype), self.empty(x.shape[:1], x.dtype)
+    def layer_norm(self, x, weight, bias, eps, residual=None):
+        wide = wide_of(x.dtype)
+        return self._like(x), self.empty(x.shape[:1], wide), self.empty(x.shape[:1], wide)
 
-    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias):
+    def layer_norm_backward(self, dy, x, weight, mean, rstd, dweight, dbias, residual=None):
         _same(dy, x)
         return self._like(x)
 
@@ -144,7 +146,7 @@ class Shapes(Reference):
     def attention(self, q, k, v, scale, causal=True, dropout=None):
         b, t, h, d = q.shape
         self.flops += 4 * b * h * t * k.shape[1] * d
-        return self._like(q), self.empty((b, h, t), q.dtype)
+        return self._like(q), self.empty((b, h, t), wide_of(q.dtype))
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
         b, t, h, d = q.shape
@@ -179,15 +181,24 @@ class Shapes(Reference):
 
     def row_dot(self, a, b):
         _same(a, b)
-        return self.empty(a.shape[:1], a.dtype)
+        return self.empty(a.shape[:1], wide_of(a.dtype))
 
     # -- vocabulary ---------------------------------------------------------------------------------------------
 
     def cross_entropy_stats(self, logits, targets, first):
-        return tuple(self.empty(logits.shape[:1], logits.dtype) for _ in range(3))
+        return tuple(self.empty(logits.shape[:1], wide_of(logits.dtype)) for _ in range(3))
 
-    def loss_sum(self, row_max, row_sum, target_logit, scale):
-        return 0.0
+    def cross_entropy(self, logits, targets, scale, loss, gradient=True):
+        _equal(logits.shape[:1], targets.shape)
+
+    def softmax_parts(self, row_max, largest, row_sum, target_logit):
+        return self.empty((2,) + row_max.shape, row_max.dtype), self._like(row_max)
+
+    def softmax_factor(self, shrink, row_sum):
+        return self._like(shrink)
+
+    def loss_sum(self, row_max, row_sum, target_logit, scale, loss):
+        pass
 
     def cross_entropy_gradient(self, exps, targets, factor, coefficient, first):
         pass
@@ -200,10 +211,11 @@ class Shapes(Reference):
 
     # -- optimizer and initialisation ---------------------------------------------------------------------------
 
-    def adamw(self, weight, grad, moment1, moment2, rate, beta1, beta2, eps, decay, step, scale):
-        _same(weight, grad)
+    def adamw(self, updates, rate, beta1, beta2, eps, step, scale):
+        for update in updates:
+            _same(update.weight, update.grad)
 
-    def square_sum(self, x):
+    def square_sum(self, arrays):
         return 0.0
 
     def normal(self, out, key, row, column, columns, std):

@@ -7,7 +7,8 @@ def add_arguments(parser):
     parser.add_argument("--data", metavar="FILE", action="append", required=True, help="token file; may be given several times")
     parser.add_argument("--samples", type=int, default=0, help="windows of the model's context to read; 0: the whole file (default)")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows of one pass on a rank (default 8)")
-    parser.add_argument("--precision", choices=("float32", "float64"), help="as trained when left out")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16", "float64"), help="as trained when left out")
+    parser.add_argument("--device", choices=("cpu", "gpu", "auto"), default="cpu", help="where numbers are computed (default cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -20,7 +21,7 @@ def run(arguments):
         if value < least:
             raise UserError(f"--{name} {value}: expected at least {least}")
     group = world()
-    session, checkpoint, _ = open_model(arguments.checkpoint, group, arguments.precision, mesh_of(arguments.overrides))
+    session, checkpoint, _ = open_model(arguments.checkpoint, group, arguments.precision, mesh_of(arguments.overrides), arguments.device)
     results = [_evaluate(session, path, checkpoint, arguments) for path in arguments.data]
     if group.rank == 0:
         _show(results, checkpoint, arguments.json)

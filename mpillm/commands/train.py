@@ -16,7 +16,7 @@ def run(arguments):
     from ..layout.compose import check_layout
     from ..layout.mesh import sizes_of
     from ..run.data import TrainingData
-    from ..run.session import shared_job
+    from ..run.session import open_device, shared_job
 
     if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
         raise UserError(f"--ranks {arguments.ranks}: expected 1 or more, together with --dry-run; a real run has the ranks it was started with")
@@ -32,10 +32,10 @@ def run(arguments):
             from ..run.plan import table
             print("\n".join(table(job, sizes, data.vocabulary)))
         return 0
-    return _train(job, sizes, data, group)
+    return _train(job, sizes, data, group, open_device(job.run.device, job.precision.compute, group))
 
 
-def _train(job, sizes, data, group):
+def _train(job, sizes, data, group, ops):
     """Builds what a run needs around the Training, and ends it in order."""
     import os
 
@@ -53,7 +53,7 @@ def _train(job, sizes, data, group):
     with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
             Metrics(directory.file("metrics.jsonl"), group) as metrics, \
             StopFlag(group, job.run.time_limit, directory.stop_requested) as stop:
-        session = build(job, Mesh(group, sizes), data.vocabulary)
+        session = build(job, Mesh(group, sizes), data.vocabulary, ops)
         if session.ops.note:
             progress.note(session.ops.note)
         training = Training(session, directory, data, metrics, progress, stop)

@@ -10,6 +10,9 @@ import hashlib
 import math
 from typing import NamedTuple
 
+import numpy as np
+
+from ..backend import wide_of
 from .slab import Slab, cut, sizes_of_cut
 
 
@@ -75,6 +78,11 @@ class Parameter:
         return self.bucket._part(self.bucket.values, self)
 
     @property
+    def updated_value(self):
+        """(updated), a view of the value."""
+        return self.value[self.updated.within(self.held)]
+
+    @property
     def grad(self):
         """(held), a view of the bucket's gradients."""
         return self.bucket._part(self.bucket.grads, self)
@@ -128,7 +136,18 @@ class Parameter:
 
     def initialize(self, ops, seed):
         """Fills what this rank keeps: a pure function of seed, name and global index, so the same on any layout."""
-        slab, array = (self.owned, self.master) if self.bucket.zero == 3 else (self.held, self.value)
+        bucket = self.bucket
+        if bucket.zero == 3 or bucket.dtype == bucket.wide:
+            slab, array = (self.owned, self.master) if bucket.zero == 3 else (self.held, self.value)
+            self._fill(ops, seed, slab, array)
+            return
+        array = ops.empty(self.held.shape, bucket.wide)
+        self._fill(ops, seed, self.held, array)
+        ops.copy(self.value, array)
+        ops.copy(self.master, array[self.updated.within(self.held)])
+
+    def _fill(self, ops, seed, slab, array):
+        """Fills an array with the initial values of a slab."""
         if isinstance(self.init, Constant):
             ops.fill(array, self.init.value)
             return
@@ -213,8 +232,11 @@ class Bucket:
     values : array (held elements of all parameters,)
         None under ZeRO 3 outside `fetch` ... `release`.
     kept : array
-        What of the values stays here: all of them, or those owned (ZeRO 3).
-    grads : array, as values
+        What of the values stays here: all of them, or the masters of those owned (ZeRO 3).
+    masters : array (updated elements,)
+        Where values are 16-bit floats; else None, and the values themselves are updated.
+    wide : type of masters, moments and gradients
+    grads : array (held elements,)
         Made when first asked for after `free_grads()`, then not yet written.
     owned_grads : array (owned elements,)
         Reduced gradients under ZeRO 1 to 3 on more than one rank; else None and `grads` holds them.
@@ -233,7 +255,8 @@ class Bucket:
         for parameter in self.parameters:
             if mesh.canonical(parameter.shared) != shared:
                 raise ValueError(f"{parameter.name}: parameters of bucket {self.name} are replicated over different axes")
-        self.ops, self.dtype, self.mesh, self.group = ops, dtype, mesh, mesh.group(shared)
+        self.ops, self.dtype, self.wide = ops, np.dtype(dtype), wide_of(dtype)
+        self.mesh, self.group = mesh, mesh.group(shared)
         self.spans_stages = shared[0] == "ends"
         if self.spans_stages:       # stages run at different times: neither can wait for the other's part of the values
             zero = min(zero, 2)
@@ -251,20 +274,21 @@ class Bucket:
         self._allocate()
 
     def _allocate(self):
-        ops, dtype, own = self.ops, self.dtype, int(self.counts[self.group.rank])
-        self.kept = kept = ops.zeros((own if self.zero == 3 else self.size,), dtype)
-        self.values = None if self.zero == 3 else kept
+        ops, own, updated = self.ops, int(self.counts[self.group.rank]), sum(p.updated.size for p in self.parameters)
+        self.kept = ops.zeros((own,), self.wide) if self.zero == 3 else ops.zeros((self.size,), self.dtype)
+        self.values = None if self.zero == 3 else self.kept
+        self.masters = ops.zeros((updated,), self.wide) if self.zero < 3 and self.dtype != self.wide else None
         self._grads = self.owned_grads = None
         if self.zero:
-            self.owned_grads = ops.zeros((own,), dtype)
-        self.moments = [ops.zeros((sum(p.updated.size for p in self.parameters),), dtype) for _ in range(2)]
+            self.owned_grads = ops.zeros((own,), self.wide)
+        self.moments = [ops.zeros((updated,), self.wide) for _ in range(2)]
         position = 0
         for parameter in self.parameters:
             slab, start = parameter.updated, position
             position += slab.size
-            # Compute type and master type are the same so far, so the master is the value itself.
-            if self.zero == 3:
-                parameter.master = kept[start:position].reshape(slab.shape)
+            if self.zero == 3 or self.masters is not None:
+                masters = self.kept if self.zero == 3 else self.masters
+                parameter.master = masters[start:position].reshape(slab.shape)
             else:
                 parameter.master = parameter.value[slab.within(parameter.held)]
             parameter.moment1, parameter.moment2 = [moment[start:position].reshape(slab.shape) for moment in self.moments]
@@ -283,6 +307,18 @@ class Bucket:
         """Fills the flat buffer `held` on every replica, each of which has only its owned part of it right."""
         if self.group.size > 1:
             self.group.all_gather_start(held, self.ranges).wait()
+
+    def refresh(self):
+        """After the owned parts of the masters were set: makes whole what this rank keeps of masters and values."""
+        if self.zero == 3:
+            return
+        if self.masters is not None:
+            if self.zero == 0:
+                self.gather(self.masters)
+            for parameter in self.parameters:
+                self.ops.copy(parameter.updated_value, parameter.master)
+        if self.masters is None or self.zero:
+            self.gather(self.values)
 
     def fetch_start(self):
         """Starts to gather the values from their owners, where they are not here (ZeRO 3)."""
@@ -315,7 +351,7 @@ class Bucket:
     def make_grads(self):
         """Makes the gradients, not yet written, unless they are there."""
         if self._grads is None:
-            self._grads = self.empty((self.size,), self.dtype)
+            self._grads = self.empty((self.size,), self.wide)
             self.clear()
 
     def free_grads(self):

@@ -64,26 +64,26 @@ class Block:
         self.buckets = self.needs = self.needs_backward = buckets_of(self.name, make.parameters, setting.mesh)
         self.keys = [key_of(setting.seed, f"{self.name}.{part}") for part in ("attention", "mlp")]
 
-    def _residual(self, y, x, batch, key):
-        """dropout(y) + x, in place of `y`."""
+    def _dropout(self, y, batch, key):
+        """dropout(y), in place; the mask."""
         mask = batch.row_mask(key, *self.region.rows(batch.num_rows))
         if mask is not None:
             self.ops.dropout(y, mask)
-        self.ops.add(y, x)
-        return y, mask
+        return mask
 
     def forward(self, x, batch, cache=None):
         """(n, C) -> (n, C)"""
         normed, attention_norm = self.attention_norm.forward(x)
-        y, attention = self.attention.forward(normed, batch, cache)
-        h, attention_mask = self._residual(y, x, batch, self.keys[0])
-        normed, mlp_norm = self.mlp_norm.forward(h)
-        y, mlp = self.mlp.forward(normed, batch)
-        out, mlp_mask = self._residual(y, h, batch, self.keys[1])
+        h, attention = self.attention.forward(normed, batch, cache)
+        attention_mask = self._dropout(h, batch, self.keys[0])
+        normed, mlp_norm = self.mlp_norm.forward(h, residual=x)         # h becomes the sum with x
+        out, mlp = self.mlp.forward(normed, batch)
+        mlp_mask = self._dropout(out, batch, self.keys[1])
+        self.ops.add(out, h)
         return out, self.Saved(attention_norm, attention, attention_mask, mlp_norm, mlp, mlp_mask)
 
     def _through_dropout(self, dy, mask):
-        """The gradient of `_residual` towards y: `dy` itself, or a dropped copy of it."""
+        """The gradient of `_dropout`: `dy` itself, or a dropped copy of it."""
         if mask is None:
             return dy
         dropped = self.ops.empty(dy.shape, dy.dtype)
@@ -94,12 +94,9 @@ class Block:
     def backward(self, dout, saved, batch):
         """(n, C) -> (n, C)"""
         dy = self._through_dropout(dout, saved.mlp_mask)
-        dh = self.mlp_norm.backward(self.mlp.backward(dy, saved.mlp, batch), saved.mlp_norm)
-        self.ops.add(dh, dout)
+        dh = self.mlp_norm.backward(self.mlp.backward(dy, saved.mlp, batch), saved.mlp_norm, residual=dout)
         dy = self._through_dropout(dh, saved.attention_mask)
-        dx = self.attention_norm.backward(self.attention.backward(dy, saved.attention, batch), saved.attention_norm)
-        self.ops.add(dx, dh)
-        return dx
+        return self.attention_norm.backward(self.attention.backward(dy, saved.attention, batch), saved.attention_norm, residual=dh)
 
 
 class Recompute:

@@ -33,7 +33,7 @@ class Embedding:
         positions = None
         if self.positions is not None:
             rows = np.tile(batch.positions, batch.shape[0])[start:start + size]
-            positions = self.ops.from_host(rows)                                        # (n,)
+            positions = self.ops.constant(rows)                                         # (n,)
             self.ops.add(y, self.ops.embedding(positions, self.positions.value))
         mask = batch.row_mask(self.dropout_key, start, size)
         if mask is not None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..backend import wide_of
 from ..layout.slab import cut
 
 
@@ -133,7 +134,8 @@ class Experts:
     def forward(self, x, batch):
         """(n, C) -> (n, C)"""
         ops, x = self.ops, self.region.enter(x, batch.num_rows)                         # (N, C)
-        routing = Routing(*ops.route(ops.matmul(x, self.router.value.T), self.per_token))
+        logits = ops.matmul(x, self.router.value.T, out=ops.empty((len(x), self.num_experts), wide_of(x.dtype)))    # (N, E)
+        routing = Routing(*ops.route(logits, self.per_token))
         experts = ops.to_host(routing.experts)                                          # (N, k)
         counts, plan = self.losses.forward(experts, routing, batch), self._plan(experts)
         y, shared = self.shared.forward(x, batch) if self.shared else (ops.zeros(x.shape, x.dtype), None)   # (N, C) partial
@@ -148,13 +150,16 @@ class Experts:
         ops, plan, routing = self.ops, saved.plan, saved.routing
         dy = self.region.leave_backward(dy, batch.num_rows)                             # (N, C)
         dout = ops.embedding(plan.tokens, dy)                                           # (A, C)
-        dweights = ops.zeros((routing.weights.size, 1), dout.dtype)                     # (A, 1) partial, by token
+        dweights = ops.zeros((routing.weights.size, 1), routing.weights.dtype)          # (A, 1) partial, by token
         ops.add_rows(dweights, plan.order, ops.row_dot(dout, saved.out).reshape(-1, 1))
         ops.scale_rows(dout, saved.weights)
         drows = self._mlp_backward(self._to_experts(dout, plan), saved.products, plan)  # (R, C) partial
         drows = self._from_experts(drows, plan)                                         # (A, C) partial
         dlogits = ops.route_backward(dweights.reshape(routing.weights.shape), *self.losses.backward(saved.counts, routing, batch),
                                      routing.experts, routing.weights, routing.probabilities)       # (N, E) partial
+        if dlogits.dtype != dy.dtype:
+            wide, dlogits = dlogits, ops.empty(dlogits.shape, dy.dtype)
+            ops.copy(dlogits, wide)
         self.router.add_product(ops, dlogits, saved.x)
         dx = self.shared.backward(dy, saved.shared, batch) if self.shared else ops.zeros(dy.shape, dy.dtype)    # (N, C) partial
         ops.matmul(dlogits, self.router.value, out=dx, accumulate=True)

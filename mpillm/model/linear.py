@@ -20,12 +20,15 @@ class Linear:
     def __init__(self, ops, weight, bias=None):
         self.ops, self.weight, self.bias = ops, weight, bias
 
-    def forward(self, x, add_bias=True, out=None):
-        """(N, I) -> (N, O/tp), perhaps in `out`. `add_bias=False` leaves the bias to an operation fused with it."""
-        y = self.ops.matmul(x, self.weight.value.T, out=out)        # (N, O/tp)
-        if self.bias is not None and add_bias:
-            self.ops.add_bias(y, self.bias.value)
+    def forward(self, x, out=None):
+        """(N, I) -> (N, O/tp), perhaps in `out`"""
+        y = self.ops.linear(x, self.weight.value, None if self.bias is None else self.bias.value, out)     # (N, O/tp)
         return y, self.Saved(x)
+
+    def forward_gelu(self, x):
+        """(N, I) -> (N, O/tp) before and after a GELU"""
+        hidden, y = self.ops.linear_gelu(x, self.weight.value, self.bias.value)
+        return hidden, y, self.Saved(x)
 
     def backward(self, dy, saved):
         """(N, O/tp) -> (N, I), partial over tp"""
@@ -56,9 +59,12 @@ class RowLinear(Linear):
 
     def forward(self, x):
         """(N, I/tp) -> (n, O)"""
-        y = self.region.leave(self.ops.matmul(x, self.weight.value.T))      # (n, O)
-        if self.bias is not None:
-            self.ops.add_bias(y, self.bias.value)
+        bias = None if self.bias is None else self.bias.value
+        if self.region.group.size == 1:
+            return self.ops.linear(x, self.weight.value, bias), self.Saved(x)
+        y = self.region.leave(self.ops.linear(x, self.weight.value))        # (n, O)
+        if bias is not None:
+            self.ops.add_bias(y, bias)
         return y, self.Saved(x)
 
     def backward(self, dy, saved):

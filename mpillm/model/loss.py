@@ -8,9 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHUNK_ELEMENTS = 16 * 2**20     # logits of a chunk, at most (at least 64 tokens); with 4 M the products of a 50,257-token table ran at 2/3 the speed
-
-
 class OutputLoss:
     """Sum over tokens of w x nll, and its gradient.
 
@@ -33,7 +30,7 @@ class OutputLoss:
     def chunk(self, num_tokens):
         """Tokens of a chunk: as equal chunks as there must be, as many on all tp ranks."""
         columns = -(-self.table.shape[0] // self.region.group.size)
-        most = max(64, CHUNK_ELEMENTS // columns)
+        most = max(64, self.ops.logit_elements // columns)
         return -(-num_tokens // max(1, -(-num_tokens // most)))
 
     def logits(self, x):
@@ -54,39 +51,44 @@ class OutputLoss:
 
         Returns
         -------
-        loss : float
-            Sum of w/W x nll, in float64; 0 on all tp ranks but the first, so that it can be summed over all ranks.
+        loss : array (1,) float64
+            Sum of w/W x nll; 0 on all tp ranks but the first, so that it can be summed over all ranks.
         saved : Saved or None
         """
-        ops, num_tokens, first = self.ops, batch.num_rows, self.table.held.start[0]
+        ops, num_tokens = self.ops, batch.num_rows
         x = self.region.enter(x, num_tokens)                                    # (N, C)
         targets, scale = batch.targets.reshape(-1), batch.scale.reshape(-1)     # (N,)
         dx = ops.empty(x.shape, x.dtype) if training else None                  # (N, C), partial over tp
-        size, loss = self.chunk(num_tokens), 0.0
-        logits = ops.empty((size, self.table.held.shape[0]), x.dtype)
+        size, loss = self.chunk(num_tokens), ops.zeros((1,), np.float64)
+        logits = ops.padded((size, self.table.held.shape[0]), x.dtype)
         for start in range(0, num_tokens, max(1, size)):
             part = slice(start, min(start + size, num_tokens))
             chunk = ops.matmul(x[part], self.table.value.T, out=logits[:part.stop - start])     # (n', V/tp)
-            row_max, row_sum, target_logit, factor = self._softmax(*ops.cross_entropy_stats(chunk, targets[part], first))
-            loss += ops.loss_sum(row_max, row_sum, target_logit, scale[part])
+            self._cross_entropy(chunk, targets[part], scale[part], loss, training)
             if training:
-                ops.cross_entropy_gradient(chunk, targets[part], factor, scale[part], first)
                 ops.matmul(chunk, self.table.value, out=dx[part])               # (n', C)
                 ops.matmul(chunk.T, x[part], out=self.table.grad, accumulate=self.table.accumulates())  # (V/tp, C)
         if training and not num_tokens and not self.table.accumulates():
             ops.fill(self.table.grad, 0)
-        loss = loss if self.region.group.rank == 0 else 0.0
+        if self.region.group.rank:
+            ops.fill(loss, 0)
         return loss, self.Saved(self.region.enter_backward(dx)) if training else None
 
-    def _softmax(self, row_max, row_sum, target_logit):
-        """Statistics of whole rows from those of this rank's columns, and what its exponentials are to be multiplied with."""
-        group = self.region.group
+    def _cross_entropy(self, logits, targets, scale, loss, training):
+        """Adds to the loss; logits (n', V/tp) become their gradient. Rows that lie on several ranks are joined by their maxima and sums."""
+        ops, group, first = self.ops, self.region.group, self.table.held.start[0]
         if group.size == 1:
-            return row_max, row_sum, target_logit, 1 / row_sum
-        largest = group.all_reduce(+row_max, "max")                             # (n',)
-        shrink = np.exp(row_max - largest)
-        sums = group.all_reduce(np.stack([row_sum * shrink, target_logit]))     # (2, n')
-        return largest, sums[0], sums[1], shrink / sums[0]
+            ops.cross_entropy(logits, targets, scale, loss, training)
+            return
+        row_max, row_sum, target_logit = ops.cross_entropy_stats(logits, targets, first)        # (n',)
+        largest = ops.empty(row_max.shape, row_max.dtype)
+        ops.copy(largest, row_max)
+        group.all_reduce(largest, "max")
+        sums, shrink = ops.softmax_parts(row_max, largest, row_sum, target_logit)               # (2, n'), (n',)
+        group.all_reduce(sums)
+        ops.loss_sum(largest, sums[0], sums[1], scale, loss)
+        if training:
+            ops.cross_entropy_gradient(logits, targets, ops.softmax_factor(shrink, sums[0]), scale, first)
 
     def backward(self, saved):
         """-> (n, C)"""

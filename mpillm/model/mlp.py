@@ -23,8 +23,8 @@ class GeluMLP:
     def forward(self, x, batch):
         """(n, C) -> (n, C)"""
         x = self.region.enter(x, batch.num_rows)                        # (N, C)
-        hidden, up_input = self.up.forward(x, add_bias=False)           # (N, F/tp)
-        y, down_input = self.down.forward(self.ops.gelu(hidden, self.up.bias.value))    # (n, C)
+        hidden, activated, up_input = self.up.forward_gelu(x)           # (N, F/tp)
+        y, down_input = self.down.forward(activated)                    # (n, C)
         return y, self.Saved(up_input, hidden, None if self.light else down_input)
 
     def backward(self, dy, saved, batch):

@@ -39,12 +39,12 @@ class Rope:
         self.table = None
 
     def at(self, positions):
-        """cos, sin (t, D/2) of the ascending host array `positions` (t,), in the type of the model."""
+        """cos, sin (t, D/2) of the ascending host array `positions` (t,), in the type of sums."""
         longest = int(positions[-1]) + 1 if len(positions) else 0
         if self.table is None or len(self.table[0]) < longest:
             self.table = [self.ops.from_host(part) for part in table(longest, self.head_width, self.base, self.dtype)]
         first = longest - len(positions)
         if not len(positions) or positions[0] == first:
             return [part[first:longest] for part in self.table]
-        rows = self.ops.from_host(np.asarray(positions))
+        rows = self.ops.constant(np.asarray(positions))
         return [self.ops.embedding(rows, part) for part in self.table]

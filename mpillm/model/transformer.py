@@ -6,6 +6,7 @@ as an option (Jiang et al. 2024, arXiv:2401.04088).
 
 from typing import NamedTuple
 
+from ..backend import wide_of
 from ..layout.mesh import Mesh
 from ..layout.parameter import Normal, Parameter, buckets_of, key_of
 from .block import Block, Maker, Recompute, Setting
@@ -144,7 +145,7 @@ class Transformer:
     def __init__(self, ops, shape, dtype, seed=1, recompute="none", mesh=None, layout=Layout()):
         self.ops, self.shape, self.dtype, self.seed, self.recompute = ops, shape, dtype, seed, recompute
         self.mesh = mesh = mesh or Mesh.plan({}, 0)
-        rope = None if shape.family == "gpt" else Rope(ops, shape.head_width, shape.rope_base, dtype)
+        rope = None if shape.family == "gpt" else Rope(ops, shape.head_width, shape.rope_base, wide_of(dtype))
         self.setting = Setting(ops, shape, mesh, layout, rope, seed, recompute == "selective")
         num_parts, stages = mesh.size("pp") * layout.chunks, mesh.size("pp")
         self.layers = layers_of_parts(shape, num_parts, layout.layers)

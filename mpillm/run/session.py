@@ -1,23 +1,27 @@
 """From a job to a model that stands on its ranks; from its parameters to a checkpoint's tensors, and back."""
 
 import os
+import socket
 import sys
 from typing import NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 
-from ..backend import open_backend
+from ..backend import open_backend, wide_of
 from ..config import UserError, job_from_dict, job_to_dict, read_job
+from ..layout.comm import Solo
 from ..layout.compose import check_layout
 from ..layout.mesh import Mesh, sizes_of
 from ..layout.slab import Slab
 from ..model.shape import Layout, Shape
 from ..model.transformer import Transformer
 from ..layout.agreement import on_root
+from ..layout.node import place_on_node
 from ..store.checkpoint import load_named
 from ..store.hyperslab import Entry
 
-TYPES = {"float32": np.float32, "float64": np.float64}
+TYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "float16": np.dtype(np.float16), "bfloat16": np.dtype(bfloat16)}
 
 
 class Session(NamedTuple):
@@ -34,9 +38,45 @@ def shared_job(path, overrides, group):
     return job_from_dict(values, str(path))
 
 
-def open_device(name):
-    """The backend of a device, with the threads of this rank (OMP_NUM_THREADS, which `launch` set where the user did not)."""
-    ops = open_backend(name)
+def open_device(name, compute="float32", group=Solo()):
+    """The backend of this rank, with its threads (OMP_NUM_THREADS, which `launch` set where the user did not).
+
+    Parameters
+    ----------
+    name : str
+        "cpu", "gpu", or "auto": a GPU for each rank while there are some, then CPUs.
+    compute : str
+        Type of the job.
+    group : Group
+        All ranks: those of a node share out its GPUs.
+
+    Raises
+    ------
+    UserError
+        on all ranks alike, where one cannot have its device.
+    """
+    ops, problem, where = None, None, None
+    try:
+        rank, _ = place_on_node(group)
+        devices = 0
+        if name != "cpu":
+            from ..backend.cuda.device import count_devices
+            devices = count_devices()
+        on_gpu = name == "gpu" or rank < devices
+        if on_gpu and name != "cpu" and not devices:
+            raise UserError(f'run.device = "{name}": no GPU is seen on {socket.gethostname()}; check the driver and CUDA_VISIBLE_DEVICES, '
+                            'or set run.device = "cpu"')
+        ops = open_backend("gpu" if on_gpu else "cpu", rank % devices if on_gpu else 0, TYPES[compute])
+        where = [socket.gethostname(), ops.device.address] if on_gpu else None
+    except UserError as error:
+        problem = str(error)
+    found = group.collect([problem, where])
+    problem = next((text for text, _ in found if text), None)
+    if problem:
+        raise UserError(problem)
+    sharing = max((sum(other == place for _, other in found) for _, place in found if place), default=1)
+    if sharing > 1:
+        ops.note = f"{sharing} ranks share one GPU: they take turns, and each has its own copy of the weights"
     threads = os.environ.get("OMP_NUM_THREADS", "")
     ops.set_threads(int(threads) if threads.isdigit() and int(threads) else 1)
     return ops
@@ -62,7 +102,7 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
         The job's device when None.
     """
     check_vocabulary(job, vocabulary)
-    ops = ops or open_device(job.run.device)
+    ops = ops or open_device(job.run.device, job.precision.compute)
     layout = Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
     model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
                         job.train.recompute if recompute is None else recompute, mesh, layout)
@@ -73,24 +113,32 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
 def entries(model, moments):
     """The model's tensors as this rank owns them, for the checkpoint: masters, and moments if asked."""
     tables = ["masters"] + (["moment1", "moment2"] if moments else [])
-    found, nothing = [], np.empty(0, model.dtype)
+    found, nothing = [], np.empty(0, wide_of(model.dtype))
     for table in tables:
         for parameter in model.every_parameter():
             if parameter.bucket is None:        # of another stage
                 slab = Slab((0,) * len(parameter.shape), (0,) * len(parameter.shape))
                 found.append(Entry(f"{table}/{parameter.name}", parameter.shape, slab, nothing.reshape(slab.shape)))
                 continue
-            array = parameter.master if table == "masters" else getattr(parameter, table)
-            own = parameter.owned.within(parameter.updated)
-            found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, array[own]))
+            found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, model.ops.to_host(_owned(parameter, table))))
     return found
 
 
-def gather_loaded(model, moments):
-    """After the owned parts were read: makes whole what this rank holds."""
+def _owned(parameter, table):
+    """A view of what this rank owns of a master or moment."""
+    array = parameter.master if table == "masters" else getattr(parameter, table)
+    return array[parameter.owned.within(parameter.updated)]
+
+
+def gather_loaded(model, loaded, moments):
+    """After the owned parts were read into the entries `loaded`: makes whole what this rank holds."""
+    parameters = {parameter.name: parameter for parameter in model.parameters()}
+    for entry in loaded:
+        table, name = entry.name.split("/", 1)
+        if name in parameters and entry.array.size:
+            model.ops.put(_owned(parameters[name], table), entry.array)
     for bucket in model.buckets:
-        if bucket.zero < 3:
-            bucket.gather(bucket.values)
+        bucket.refresh()
         if moments and bucket.zero == 0:
             for moment in bucket.moments:
                 bucket.gather(moment)
@@ -104,7 +152,7 @@ def check_manifest(checkpoint):
             raise UserError(f"{checkpoint.directory}: its manifest has no {key!r}; expected a checkpoint that `mpillm train` wrote")
 
 
-def open_model(path, group, precision=None, mesh=None):
+def open_model(path, group, precision=None, mesh=None, device="cpu"):
     """The model of a CHECKPOINT on a command line, data-parallel over all ranks unless `mesh` says otherwise.
 
     Parameters
@@ -112,7 +160,9 @@ def open_model(path, group, precision=None, mesh=None):
     path : str
         A run, a checkpoints directory or a step directory.
     precision : str or None
-        "float32" or "float64"; as it was trained when None.
+        A type; as it was trained when None.
+    device : str
+        As `run.device`.
     mesh : dict or None
         Keys of a [mesh] section.
 
@@ -120,7 +170,7 @@ def open_model(path, group, precision=None, mesh=None):
     -------
     Session, Checkpoint, bytes of tokenizer.json
     """
-    ops, opened = open_device("cpu"), {}
+    opened = {}
 
     def make_entries(checkpoint):
         check_manifest(checkpoint)
@@ -130,8 +180,10 @@ def open_model(path, group, precision=None, mesh=None):
         job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
         sizes = sizes_of(job.mesh, group.size)
         check_layout(job, sizes)
+        ops = open_device(device, job.precision.compute, group)
         opened["session"] = build(job, Mesh(group, sizes), job.model.vocabulary, ops, recompute="none")
-        return entries(opened["session"].model, moments=False)
-    checkpoint = load_named(path, make_entries, group, ops, lambda line: print(line, file=sys.stderr))
-    gather_loaded(opened["session"].model, moments=False)
+        opened["entries"] = entries(opened["session"].model, moments=False)
+        return opened["entries"]
+    checkpoint = load_named(path, make_entries, group, open_backend("cpu"), lambda line: print(line, file=sys.stderr))
+    gather_loaded(opened["session"].model, opened["entries"], moments=False)
     return opened["session"], checkpoint, checkpoint.files("tokenizer.json")

@@ -66,6 +66,7 @@ class Training:
         self.step = self.samples = self.tokens = 0      # done so far, on all ranks
         self.saved_step = None              # step of the newest checkpoint
         self.changes = []                   # lines of every resume that changed the job
+        self.loaded = None                  # entries of the checkpoint that is read
         self.traffic, self.steps_here = {}, 0           # communication of the steps of this process
         self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
 
@@ -73,13 +74,13 @@ class Training:
 
     def prepare(self):
         """Loads the newest valid checkpoint of the run directory, or makes initial weights."""
-        checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops, self.progress.note)
+        checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops.host, self.progress.note)
         if checkpoint is not None:
             self._resume(checkpoint)
             return
         if self.job.train.start:
-            start = load_named(self.job.train.start, self._weights_for, self.group, self.ops, self.progress.note)
-            gather_loaded(self.model, moments=False)
+            start = load_named(self.job.train.start, self._weights_for, self.group, self.ops.host, self.progress.note)
+            gather_loaded(self.model, self.loaded, moments=False)
             self.progress.note(f"weights of {start.directory}, step {start.step}")
         else:
             self.model.initialize()
@@ -89,12 +90,14 @@ class Training:
         """The tensors to load, once the job is known to fit the checkpoint."""
         self._check_tokenizer(checkpoint)
         changes(checkpoint.manifest["job"], self.job, checkpoint.directory)
-        return entries(self.model, moments=True)
+        self.loaded = entries(self.model, moments=True)
+        return self.loaded
 
     def _weights_for(self, checkpoint):
         self._check_tokenizer(checkpoint)
         check_model(checkpoint.manifest["job"], self.job, checkpoint.directory)
-        return entries(self.model, moments=False)
+        self.loaded = entries(self.model, moments=False)
+        return self.loaded
 
     def _check_tokenizer(self, checkpoint):
         check_manifest(checkpoint)
@@ -104,8 +107,9 @@ class Training:
                             f"({str(found)[:12]}); use token files prepared with that checkpoint's tokenizer.json")
 
     def _resume(self, checkpoint):
-        gather_loaded(self.model, moments=True)
+        gather_loaded(self.model, self.loaded, moments=True)
         manifest = checkpoint.manifest
+        self.trainer.loss_scale = self.trainer.loss_scale.resumed(manifest.get("loss_scale"))
         self.step = self.saved_step = checkpoint.step
         self.samples, self.tokens = manifest["samples"], manifest["tokens"]
         self.source = Continued(self.data.batches(manifest["cursor"]))
@@ -212,8 +216,10 @@ class Training:
         started = time.monotonic()
         manifest = {"kind": "state", "job": job_to_dict(self.job), "mesh": self.mesh.sizes, "tokenizer": self.data.tokenizer_hash,
                     "samples": self.samples, "tokens": self.tokens, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
+        if self.trainer.loss_scale.dynamic:
+            manifest["loss_scale"] = list(self.trainer.loss_scale[:2])
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
-                    {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops, self.job.checkpoint.keep)
+                    {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops.host, self.job.checkpoint.keep)
         self.saved_step = self.step
         seconds = time.monotonic() - started
         self.stop.saved(seconds)

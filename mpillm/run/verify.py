@@ -1,7 +1,7 @@
 """Two steps of a layout against the same two steps on one rank, in float64: loss, every gradient, the weights.
 
 Rank 0 plays the one rank beside its share of the layout. After each step every tensor goes from it to all ranks, one at a
-time, and each rank compares the slab it keeps. Data are random, so no token file is needed. Computed on the CPU.
+time, and each rank compares the slab it keeps. Data are random, so no token file is needed. Computed on the device of the job.
 """
 
 from dataclasses import replace
@@ -47,7 +47,7 @@ def in_float64(job):
     """The job in float64 on random data, with two steps that move the weights."""
     # AdamW divides by |gradient| + epsilon: epsilon is far above the rounding of gradients that are truly 0.
     optimizer = replace(job.optimizer, warmup=0, epsilon=max(job.optimizer.epsilon, 1e-6))
-    return replace(job, data=Data("random"), precision=Precision("float64"), run=replace(job.run, device="cpu"),
+    return replace(job, data=Data("random"), precision=Precision("float64"),
                    train=replace(job.train, start=None), optimizer=optimizer)
 
 
@@ -172,7 +172,8 @@ def compare(job, group):
     job : Job
         As of `in_float64`, with its vocabulary.
     """
-    ops, mesh, batch = open_device(job.run.device), Mesh(group, sizes_of(job.mesh, group.size)), job.train.batch
+    ops, batch = open_device(job.run.device, "float64", group), job.train.batch
+    mesh = Mesh(group, sizes_of(job.mesh, group.size))
     layout = trainer_of(job, mesh, ops)
     alone = trainer_of(on_one_rank(job, mesh.sizes), Mesh(Solo(), {}), ops) if group.rank == 0 else None
     comparison, source, numbers, looks = Comparison(layout, alone, group), Samples(job), {}, []

@@ -49,7 +49,7 @@ class Gradients:
         if bucket.zero == 0:
             self.pending.append(Reduction(bucket, bucket.group.all_reduce_start(bucket.grads), None))
             return
-        out = bucket.empty(bucket.owned_grads.shape, bucket.dtype)
+        out = bucket.empty(bucket.owned_grads.shape, bucket.wide)
         message = bucket.group.reduce_scatter_start(bucket.grads, bucket.ranges, out, bucket.empty)
         self.pending.append(Reduction(bucket, message, out))
         if bucket.zero >= 2:
@@ -92,11 +92,12 @@ class Gradients:
 
     def square_sum(self):
         """This rank's share of the squared global norm: each element of the model counted by its owner, once."""
-        total = 0.0
+        grads = []
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 grad = parameter.owned_grad
                 if bucket.zero == 0:
                     grad = grad[parameter.owned.within(parameter.held)]
-                total += self.ops.square_sum(grad)
-        return total
+                # The rows of several experts that a rank owns do not lie one after the other in their gradients.
+                grads += [part for part in (grad if len(parameter.shape) == 3 else [grad]) if part.size]
+        return self.ops.square_sum(grads)

@@ -4,6 +4,8 @@ Activations go to the next stage, gradients back. Sends do not block, and keep t
 block; shapes are known from the job, so nothing is negotiated.
 """
 
+import numpy as np
+
 TAGS = 2**14    # MPI guarantees tags up to 32767; messages of one tag arrive in order
 
 
@@ -22,7 +24,7 @@ class Pipeline:
         self.do = {"F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight}
 
     def run(self, schedule, batches, gradients=None):
-        """This rank's share of the loss of the micro-batches; gradients are reduced as soon as they are complete.
+        """This rank's share of the loss of the micro-batches, (1,) float64; gradients are reduced as soon as they are complete.
 
         Parameters
         ----------
@@ -32,7 +34,7 @@ class Pipeline:
             None: no backward.
         """
         self.schedule, self.batches, self.gradients = schedule, batches, gradients
-        self.loss, self.saved, self.deferred, self.sending = 0.0, {}, {}, []
+        self.loss, self.saved, self.deferred, self.sending = self.ops.zeros((1,), np.float64), {}, {}, []
         actions = schedule.actions[self.stage]
         finals = {action.chunk: index for index, action in enumerate(actions) if action.kind in "BW"}
         for index, action in enumerate(actions):
@@ -66,7 +68,7 @@ class Pipeline:
         if self.gradients is not None:
             self.saved[action.microbatch, action.chunk] = saved
         if part.last:
-            self.loss += y
+            self.ops.add(self.loss, y)
         self._send(y, action)
 
     def _inputs(self, action, done):

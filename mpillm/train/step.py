@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..backend import wide_of
 from ..layout.slab import cut, token_ranges
 from ..model.batch import Batch
 from .pipeline import Pipeline
 from .rates import rate_of
+from .scaling import LossScale
 from .schedule import forward_only, make_schedule
 
 
@@ -65,6 +67,7 @@ class Trainer:
     def __init__(self, ops, model, gradients, optimizer, mesh, job):
         self.ops, self.model, self.gradients, self.optimizer = ops, model, gradients, optimizer
         self.mesh, self.job, self.pipeline = mesh, job, Pipeline(ops, model)
+        self.loss_scale = LossScale.of(model.dtype)
 
     def micro_batch(self):
         """Sequences of one pass on this rank."""
@@ -86,20 +89,26 @@ class Trainer:
         parts = micro_batches(source, first, job.train.batch, mesh.coord("dp"), mesh.size("dp"), self.micro_batch())
         total = np.array([sum(float(part[2].sum(dtype=np.float64)) for part in parts)])
         mesh["dp"].all_reduce(total)                    # W: weight of all targets of the step
-        auxiliary = np.zeros(2)
-        batches = [make_batch(self.ops, self.model, part, total[0] or 1.0, step, job.model.dropout)._replace(
-            share=part[4] / job.train.batch, auxiliary=auxiliary) for part in parts]
+        auxiliary, scale = np.zeros(2), self.loss_scale.scale
+        with self.ops.range("batch"):
+            batches = [make_batch(self.ops, self.model, part, (total[0] or 1.0) / scale, step, job.model.dropout)._replace(
+                share=part[4] / (job.train.batch / scale), auxiliary=auxiliary) for part in parts]
         self.gradients.begin()
-        loss = self.pipeline.run(self.schedule(len(batches)), batches, self.gradients)
-        self.gradients.finish()
-        numbers = np.array([self.gradients.square_sum(), loss, *auxiliary, *flags()], np.float64)
-        mesh.world.all_reduce(numbers)
+        with self.ops.range("forward and backward"):
+            loss = self.pipeline.run(self.schedule(len(batches)), batches, self.gradients)
+        with self.ops.range("reduce"):
+            self.gradients.finish()
+            numbers = np.array([self.gradients.square_sum() / scale, self.ops.to_host(loss)[0], *auxiliary], np.float64) / scale
+            numbers = np.concatenate([numbers, np.array(flags(), np.float64)])
+            mesh.world.all_reduce(numbers)
         norm = math.sqrt(numbers[0]) if numbers[0] >= 0 else math.nan
         rate = rate_of(job.optimizer, step, job.train.steps)
         skipped = not math.isfinite(norm)
+        self.loss_scale = self.loss_scale.after(skipped)
         if not skipped:
             clip = job.optimizer.clip
-            self.optimizer.step(step, rate, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+            with self.ops.range("optimizer"):
+                self.optimizer.step(step, rate, (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / scale)
         return StepResult(float(numbers[1]), norm, rate, skipped, float(numbers[2]), float(numbers[3]), numbers[4:].tolist())
 
 
@@ -114,8 +123,10 @@ def make_batch(ops, model, part, total, step=0, dropout=0.0):
     positions = np.concatenate([np.arange(start, start + size, dtype=np.int64) for start, size in ranges])     # (t,)
     if len(positions) < length:
         tokens, targets, weights = tokens[:, positions], targets[:, positions], weights[:, positions]           # (B, t)
-    scale = weights.astype(model.dtype) / np.asarray(total, model.dtype)
-    return Batch(ops.from_host(tokens), ops.from_host(targets), ops.from_host(scale), positions, numbers, step, dropout, length)
+    wide = wide_of(model.dtype)
+    scale = weights.astype(wide) / np.asarray(total, wide)
+    tokens, targets = [ops.from_host(np.asarray(array, np.int64)) for array in (tokens, targets)]
+    return Batch(tokens, targets, ops.from_host(scale), positions, numbers, step, dropout, length)
 
 
 def validation_loss(ops, model, count, windows, micro_batch):
@@ -139,7 +150,7 @@ def validation_loss(ops, model, count, windows, micro_batch):
         number = min(round_, count - first)
         parts = micro_batches(Windows(windows), first, number, mesh.coord("dp"), data, min(micro_batch, -(-number // data)))
         batches = [make_batch(ops, model, part, 1.0) for part in parts]
-        sums[0] += pipeline.run(forward_only(stages, len(batches), model.setting.layout.chunks), batches)
+        sums[0] += ops.to_host(pipeline.run(forward_only(stages, len(batches), model.setting.layout.chunks), batches))[0]
         if mesh.position("pp", "cp", "tp") == 0:
             sums[1] += sum(part[2].sum(dtype=np.float64) for part in parts)
     mesh.world.all_reduce(sums)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from backend_cases import CPU, DTYPES, REFERENCE, needs_kernels, random, same, same_all, wide
 
+from mpillm.backend import Update
+
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
 SIZES = [(1, 1), (0, 5), (3, 0), (1, 768), (131, 77), (300, 64)]  # rows, width
 
@@ -165,7 +167,9 @@ def test_adamw(dtype, elements):
         weight, grad, moment1, moment2 = (random(i, elements, dtype=dtype) for i in range(4))
         moment2 = np.abs(moment2)
         for step in (1, 2):
-            backend.adamw(weight, grad, moment1, moment2, 1e-2, 0.9, 0.95, 1e-8, 0.1, step, 0.5)
+            updates = [Update(*(x[part] for x in (weight, grad, moment1, moment2)), None, decay)
+                       for part, decay in ((slice(0, elements // 3), 0.1), (slice(elements // 3, None), 0.0))]
+            backend.adamw(updates, 1e-2, 0.9, 0.95, 1e-8, step, 0.5)
         return weight, grad, moment1, moment2
 
     same_all(both(run))
@@ -173,7 +177,7 @@ def test_adamw(dtype, elements):
 
 def test_adamw_is_the_paper_s(dtype):
     weight, moment1, moment2 = np.array([2.0], dtype), np.zeros(1, dtype), np.zeros(1, dtype)
-    CPU.adamw(weight, np.array([3.0], dtype), moment1, moment2, 0.1, 0.9, 0.99, 0.0, 0.01, 1, 1.0)
+    CPU.adamw([Update(weight, np.array([3.0], dtype), moment1, moment2, None, 0.01)], 0.1, 0.9, 0.99, 0.0, 1, 1.0)
     same_all([(weight, np.array([2.0 * 0.999 - 0.1], dtype)), (moment1, np.array([0.3], dtype)), (moment2, np.array([0.09], dtype))])
 
 
@@ -182,12 +186,12 @@ def test_square_sum(dtype, elements):
     x = random(0, elements, dtype=dtype)
     exact = float((x.astype(np.longdouble) ** 2).sum())
     for backend in (CPU, REFERENCE):
-        assert abs(backend.square_sum(x) - exact) <= 1e-13 * max(1.0, exact)
+        assert abs(backend.square_sum([x[:elements // 3], x[elements // 3:]]) - exact) <= 1e-13 * max(1.0, exact)
         if elements:
             for bad in (np.nan, np.inf):
                 y = x.copy()
                 y[elements // 2] = bad
-                assert np.isnan(bad) == np.isnan(backend.square_sum(y)) and not np.isfinite(backend.square_sum(y))
+                assert np.isnan(bad) == np.isnan(backend.square_sum([x, y])) and not np.isfinite(backend.square_sum([x, y]))
 
 
 def test_tensor_hash_is_additive_over_any_cut(dtype):
@@ -226,7 +230,7 @@ def test_results_do_not_depend_on_threads(dtype):
             CPU.sum_rows(dy, dbias)
             y, rstd = CPU.rms_norm(dy, weight, 1e-5)
             dx = CPU.rms_norm_backward(dy, dy, weight, rstd, dweight)
-            return dtable, dbias, dweight, y, dx, np.array(CPU.square_sum(dy)), CPU.gelu(dy.copy())
+            return dtable, dbias, dweight, y, dx, np.array(CPU.square_sum([dy])), CPU.gelu(dy.copy())
         finally:
             CPU.set_threads(1)
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from gradient_check import OPS, batch_of, check_layer, check_slopes, parameters, small_shape, values
+from mpillm.backend.reference import Reference
 from mpillm.layout.comm import Solo
 from mpillm.layout.mesh import Mesh
 from mpillm.layout.parameter import Stack
-from mpillm.model import loss as loss_file
 from mpillm.model.attention import Attention, Heads
 from mpillm.model.block import Block, Recompute, Setting
 from mpillm.model.context import Local
@@ -43,10 +43,13 @@ def test_linear_of_stacked_parameters():
     check_layer(made, x, lambda: layer.forward(x), layer.backward)
 
 
-def test_linear_may_leave_the_bias_to_another_operation():
+def test_linear_with_a_gelu_gives_what_is_before_it_too():
     made = parameters(w=(5, 7), b=(5,))
     x = values(3, 7)
-    np.testing.assert_array_equal(Linear(OPS, *made).forward(x, add_bias=False)[0], Linear(OPS, made[0]).forward(x)[0])
+    hidden, y, saved = Linear(OPS, *made).forward_gelu(x)
+    np.testing.assert_allclose(hidden, Linear(OPS, *made).forward(x)[0], rtol=1e-14)
+    np.testing.assert_allclose(y, OPS.gelu(hidden.copy()), rtol=1e-14)
+    assert saved.x is x
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 16])
@@ -199,7 +202,7 @@ def plain_loss(x, table, batch):
 @pytest.mark.parametrize("chunk_elements", [4 * 2**20, 1], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("b, t", [(2, 5), (10, 15), (2, 64)])
 def test_output_loss(monkeypatch, chunk_elements, b, t):
-    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(Reference, "logit_elements", chunk_elements)
     table, = parameters(table=(31, 6))
     layer, batch, x = OutputLoss(OPS, table, REGION), batch_of(b, t, vocabulary=31), values(b * t, 6)
     num_chunks = 1 if chunk_elements > 1 else -(-b * t // 64)      # 10, 150 and 128 tokens: 1, 3 and 2 chunks
@@ -215,7 +218,7 @@ def test_output_loss(monkeypatch, chunk_elements, b, t):
 def test_chunks_change_no_number_beyond_rounding(monkeypatch):
     results = []
     for elements in (4 * 2**20, 1):
-        monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(Reference, "logit_elements", elements)
         table, = parameters(table=(31, 6))
         layer = OutputLoss(OPS, table, REGION)
         loss, saved = layer.forward(values(150, 6), batch_of(10, 15, vocabulary=31))

@@ -5,8 +5,8 @@ import pytest
 
 from gradient_check import OPS, batch_of, check_slopes, clear, gradients_of, run, small_model, small_shape
 from mpillm.backend import Dropout
+from mpillm.backend.reference import Reference
 from mpillm.config import Model
-from mpillm.model import loss as loss_file
 from mpillm.model.shape import Shape
 from mpillm.model.transformer import Transformer
 
@@ -39,7 +39,7 @@ def test_recompute_changes_no_bit(family, tied, recompute, dropout):
 @pytest.mark.parametrize("family, tied", FAMILIES)
 def test_micro_batches_in_flight_do_not_disturb_each_other(family, tied, monkeypatch):
     """Two forwards, then two backwards in the other order: nothing is kept on the layers."""
-    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(Reference, "logit_elements", 1)
     model, batches = small_model(family=family, tied=tied), [batch_of(2, 8, 31, 0.1, seed=seed) for seed in (1, 2)]
     for batch in batches:
         run(model, batch)

@@ -42,7 +42,7 @@ BATCHES = [(3, 33), (1, 1), (2, 40)]    # B, T: a tile and a row, one token, the
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """The loss takes at most 64 tokens at a time, so that 99 are two chunks."""
-    monkeypatch.setattr("mpillm.model.loss.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(Reference, "logit_elements", 1)
 
 
 def both(section, compute, monkeypatch, ops=None, std=0.2, seed=0):

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch", reason="the peer tests need PyTorch: pip in
 
 import torch.nn.functional as F  # noqa: E402
 
-from mpillm.backend import open_backend  # noqa: E402
+from mpillm.backend import Update, open_backend  # noqa: E402
 from mpillm.backend.reference import Reference  # noqa: E402
 from mpillm.model.rope import angles  # noqa: E402
 
@@ -110,14 +110,17 @@ def test_attention(ops, heads, causal):
 
 
 def test_cross_entropy(ops):
-    logits, targets, scale = random(0, N, 131) * 5, np.random.default_rng(1).integers(0, 131, N), np.random.default_rng(2).random(N)
+    logits_again = lambda: random(0, N, 131) * 5
+    logits, targets, scale = logits_again(), np.random.default_rng(1).integers(0, 131, N), np.random.default_rng(2).random(N)
     tlogits, = tensors(logits)
     expected = (F.cross_entropy(tlogits, torch.tensor(targets), reduction="none") * torch.tensor(scale)).sum()
     expected.backward()
     stats = ops.cross_entropy_stats(logits, targets, 0)
-    loss = ops.loss_sum(*stats, scale)
+    loss, whole, total = np.zeros(1), logits_again(), np.zeros(1)
+    ops.loss_sum(*stats, scale, loss)
     ops.cross_entropy_gradient(logits, targets, 1 / stats[1], scale, 0)
-    same((loss, expected), (logits, tlogits.grad))
+    ops.cross_entropy(whole, targets, scale, total)
+    same((loss[0], expected), (logits, tlogits.grad), (total[0], expected), (whole, tlogits.grad))
 
 
 def test_embedding(ops):
@@ -138,6 +141,6 @@ def test_adamw(ops):
         grad = random(step, 1001) * 10.0 ** -step
         tweight.grad = torch.tensor(grad * 0.5)
         optimizer.step()
-        ops.adamw(weight, grad, moment1, moment2, 0.01, 0.9, 0.95, 1e-8, 0.1, step, 0.5)
+        ops.adamw([Update(weight, grad, moment1, moment2, None, 0.1)], 0.01, 0.9, 0.95, 1e-8, step, 0.5)
     state = optimizer.state[tweight]
     same((weight, tweight), (moment1, state["exp_avg"]), (moment2, state["exp_avg_sq"]))

@@ -10,6 +10,7 @@ from mpillm.layout.comm import Solo
 from mpillm.layout.mesh import Mesh, sizes_of
 from mpillm.model.shape import Layout, Shape
 from mpillm.model.transformer import Transformer
+from mpillm.run.session import TYPES
 from mpillm.train.gradients import Gradients
 from mpillm.train.optimizer import AdamW
 from mpillm.train.step import Trainer
@@ -47,20 +48,22 @@ def job_of(family="llama", **sections):
     return job_from_dict(values, "test")
 
 
-def trainer_of(job, group=None):
+def trainer_of(job, group=None, ops=OPS):
     """A Trainer on all ranks of `group` in the layout of the job, or on this rank alone."""
     alone = group is None
     mesh = Mesh(group or Solo(), {} if alone else sizes_of(job.mesh, group.size))
     layout = Layout() if alone else Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
-    model = Transformer(OPS, Shape.of(job.model, VOCABULARY), np.dtype(job.precision.compute), job.train.seed, job.train.recompute, mesh, layout)
+    model = Transformer(ops, Shape.of(job.model, VOCABULARY), TYPES[job.precision.compute], job.train.seed, job.train.recompute, mesh, layout)
     model.place(0 if alone else job.mesh.zero)
     model.initialize()
     for number, parameter in enumerate(model.every_parameter()):     # so that no bias and no norm is at its special value
         if parameter.bucket is not None:
             change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
-            slab, array = (parameter.owned, parameter.master) if parameter.bucket.zero == 3 else (parameter.held, parameter.value)
-            array += change[slab.slices()].astype(model.dtype)
-    return Trainer(OPS, model, Gradients(OPS, model.buckets), AdamW(OPS, model.buckets, job.optimizer), mesh, job)
+            master = ops.to_host(parameter.master)
+            ops.put(parameter.master, master + change[parameter.updated.slices()].astype(master.dtype))
+    for bucket in model.buckets:
+        bucket.refresh()
+    return Trainer(ops, model, Gradients(ops, model.buckets), AdamW(ops, model.buckets, job.optimizer), mesh, job)
 
 
 class Trace(NamedTuple):
@@ -73,12 +76,13 @@ class Trace(NamedTuple):
 
 def steps_of(trainer, count, source=None, keep_gradients=True):
     """Trains steps 1 .. count."""
+    host = lambda array: np.array(trainer.ops.to_host(array))
     batch, source, results, gradients = trainer.job.train.batch, source or Source(), [], []
     for step in range(1, count + 1):
         results.append(trainer.train_step(step, source, (step - 1) * batch))
         if keep_gradients:
-            gradients.append({p.name: (p.updated, p.owned_grad.copy()) for p in trainer.model.parameters()})
-    weights = {p.name: (p.updated, p.master.copy()) if p.bucket.zero == 3 else (p.held, p.value.copy()) for p in trainer.model.parameters()}
+            gradients.append({p.name: (p.updated, host(p.owned_grad)) for p in trainer.model.parameters()})
+    weights = {p.name: (p.updated, host(p.master)) if p.bucket.zero == 3 else (p.held, host(p.value)) for p in trainer.model.parameters()}
     return Trace([r.loss for r in results], [r.grad_norm for r in results], gradients, weights)
 
 

@@ -168,5 +168,5 @@ def test_flags_are_summed_over_the_ranks(group):
 def test_the_norm_is_that_of_all_gradients(group, zero):
     trace = steps_of(trainer_of(job_of("gpt", mesh={"zero": zero}), group), 1)
     alone = steps_of(trainer_of(job_of("gpt")), 1)
-    expected = sum(OPS.square_sum(array) for _, array in alone.gradients[0].values()) ** 0.5
+    expected = sum(OPS.square_sum([array]) for _, array in alone.gradients[0].values()) ** 0.5
     assert abs(trace.norms[0] / expected - 1) < 1e-12

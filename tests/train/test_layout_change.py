@@ -34,8 +34,9 @@ def job_on(model, layout, compute="float32", family="llama"):
 
 def load(directory, trainer, group):
     """Fills the model of a trainer from the newest checkpoint; its step."""
-    checkpoint = load_newest(directory, lambda found: entries(trainer.model, moments=True), group, OPS)
-    gather_loaded(trainer.model, moments=True)
+    found = entries(trainer.model, moments=True)
+    checkpoint = load_newest(directory, lambda _: found, group, OPS)
+    gather_loaded(trainer.model, found, moments=True)
     return checkpoint.step
 
 
@@ -120,8 +121,9 @@ def test_every_bit_of_a_checkpoint_arrives_on_every_other_layout(group, shared_t
             trainer = trainers[loaded]
             for _, _, _, array in tensors_of(trainer):
                 array[...] = np.nan
-            checkpoint.load(entries(trainer.model, moments=True), group, OPS)
-            gather_loaded(trainer.model, moments=True)
+            found = entries(trainer.model, moments=True)
+            checkpoint.load(found, group, OPS)
+            gather_loaded(trainer.model, found, moments=True)
             wrong = group.collect([name for name, shape, slab, array in tensors_of(trainer)
                                    if array.tobytes() != whole(name, shape)[slab.slices()].tobytes()])
             assert not any(wrong), f"saved in {layouts[saved]}, loaded in {layouts[loaded]}: {wrong}"

@@ -1,0 +1,33 @@
+"""The loss scale of float16: gradients below 6e-8 would vanish in it (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2)."""
+
+from typing import NamedTuple
+
+FIRST, SMALLEST, LARGEST = 2.0**16, 1.0, 2.0**24
+PATIENCE = 1000     # steps without a non-finite gradient after which the scale is tried twice as large
+
+
+class LossScale(NamedTuple):
+    """What every gradient of a step is multiplied with; a power of two, so that it changes no digit. 1 for all types but float16."""
+    scale: float = 1.0
+    good_steps: int = 0     # with finite gradients, since the scale changed
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, dtype):
+        return cls(FIRST, 0, True) if dtype == "float16" else cls()
+
+    def resumed(self, saved):
+        """With the scale and the count of a checkpoint, where this type has a scale and the checkpoint recorded one."""
+        if not self.dynamic or not saved or saved[0] < SMALLEST:
+            return self
+        return self._replace(scale=float(saved[0]), good_steps=int(saved[1]))
+
+    def after(self, skipped):
+        """The loss scale of the step after one that was `skipped` because a gradient was not finite, or was not."""
+        if not self.dynamic:
+            return self
+        if skipped:
+            return self._replace(scale=max(SMALLEST, self.scale / 2), good_steps=0)
+        if self.good_steps + 1 < PATIENCE:
+            return self._replace(good_steps=self.good_steps + 1)
+        return self._replace(scale=min(LARGEST, self.scale * 2), good_steps=0)
