@@ -81,6 +81,7 @@ class Train:
     micro_batch: int | None = option("sequences per rank and pass; the rank's whole share when left out", None, at_least=1)
     seed: int = option("seed of weights, sample order and dropout", 1, at_least=0, below=2**63)
     recompute: str = option("activations recomputed in backward", "none", choices=("none", "selective", "block"))
+    offload: str = option("optimizer: masters and moments lie in host memory and are updated there", "none", choices=("none", "optimizer"))
     start: str | None = option("weights to start from: a checkpoint", None)
     evaluate_every: int = option("steps between validation losses; 0: only at the end", 0, at_least=0)
     validation_samples: int = option("windows of the validation file that are read", 64, at_least=1)

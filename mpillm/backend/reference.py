@@ -50,6 +50,10 @@ class Reference:
         if array is not host:
             np.copyto(array, host)
 
+    def fetch_start(self, array):
+        """Starts bringing a contiguous array to host memory; calling the result gives it, when it is there."""
+        return lambda: self.to_host(array)
+
     @property
     def host(self):
         """The backend of host memory."""
@@ -61,6 +65,10 @@ class Reference:
     def fill(self, x, value):
         """x[...] = value"""
         x[...] = value
+
+    def send_ahead(self, array):
+        """As `from_host`, without waiting for the work that the device is at; for what a later step reads."""
+        return self.from_host(array)
 
     def constant(self, array):
         """As `from_host`, for small tables that are asked for again and again; not to be written to."""
@@ -76,6 +84,12 @@ class Reference:
     def passing(self, shape, dtype):
         """As `empty`, for large arrays that come and go while others stay: their memory goes back to the system."""
         return self.empty(shape, dtype)
+
+    def activations(self):
+        """A context for arrays that all die within a pass: a device may keep memory for them."""
+        return contextlib.nullcontext()
+
+    capture = None  # capture(work) -> what runs the operations of work() again by .launch(), on a device that can
 
     def range(self, name):
         """A context whose work profilers show under a name, where there are any."""

@@ -4,20 +4,25 @@ A real step run on it tells what the step needs: bytes alive at the same time, a
 `--dry-run` come from the code that trains, not from a second description of it.
 """
 
+import contextlib
 import functools
 import math
 import weakref
 
 import numpy as np
 
+from .arena import Arena
 from .reference import Reference
 from .types import wide_of
+
+
+ENDLESS = 1 << 60   # bytes: more than any GPU has
 
 
 class Place(bytearray):
     """Where all elements of an array lie; it dies with the array and its views, which takes the bytes off the account."""
 
-    __slots__ = ("account", "size")     # a Shapes, bytes of the array
+    __slots__ = ("account", "size", "lies")     # a Shapes, bytes of the array, its place in the arena of a GPU
 
     def __del__(self):
         self.account.live -= self.size
@@ -70,7 +75,8 @@ class Shapes(Reference):
         if live > self.peak:
             self.peak = live
 
-    zeros = empty
+    def zeros(self, shape, dtype):
+        return self.empty(shape, dtype)
 
     def _like(self, x):
         return self.empty(x.shape, x.dtype)
@@ -220,6 +226,44 @@ class Shapes(Reference):
 
     def normal(self, out, key, row, column, columns, std):
         pass
+
+
+class GpuShapes(Shapes):
+    """Shapes of arrays on a GPU: where each lies in the memory that is reserved before the first step.
+
+    Attributes
+    ----------
+    kept, passing_by : Arena
+        Of arrays that stay, and of those that die within a pass (`activations`).
+    """
+
+    def __init__(self):
+        super().__init__()
+        from .cuda import Cuda
+
+        self.logit_elements, self.row = Cuda.logit_elements, Cuda.row_of
+        self.kept, self.passing_by = Arena(ENDLESS), Arena(ENDLESS)
+        self.arena, self._host = self.kept, Shapes()
+
+    @property
+    def host(self):
+        return self._host
+
+    def empty(self, shape, dtype):
+        array = super().empty(shape, dtype)
+        array.base.lies = self.arena.take(array.nbytes)
+        return array
+
+    def padded(self, shape, dtype):
+        return self.empty((shape[0], self.row(shape[1], dtype)), dtype)[:, :shape[1]]
+
+    @contextlib.contextmanager
+    def activations(self):
+        before, self.arena = self.arena, self.passing_by
+        try:
+            yield
+        finally:
+            self.arena = before
 
 
 def _same(x, y):

@@ -32,7 +32,11 @@ def run(arguments):
             from ..run.plan import table
             print("\n".join(table(job, sizes, data.vocabulary)))
         return 0
-    return _train(job, sizes, data, group, open_device(job.run.device, job.precision.compute, group))
+    ops = open_device(job.run.device, job.precision.compute, group)
+    if job.run.device != "cpu":
+        from ..run.plan import reserve
+        reserve(job, sizes, data.vocabulary, ops, group)
+    return _train(job, sizes, data, group, ops)
 
 
 def _train(job, sizes, data, group, ops):

@@ -137,14 +137,16 @@ class Parameter:
     def initialize(self, ops, seed):
         """Fills what this rank keeps: a pure function of seed, name and global index, so the same on any layout."""
         bucket = self.bucket
-        if bucket.zero == 3 or bucket.dtype == bucket.wide:
-            slab, array = (self.owned, self.master) if bucket.zero == 3 else (self.held, self.value)
-            self._fill(ops, seed, slab, array)
+        if bucket.zero == 3:
+            self._fill(bucket.state, seed, self.owned, self.master)
             return
-        array = ops.empty(self.held.shape, bucket.wide)
-        self._fill(ops, seed, self.held, array)
-        ops.copy(self.value, array)
-        ops.copy(self.master, array[self.updated.within(self.held)])
+        if bucket.masters is None:
+            self._fill(ops, seed, self.held, self.value)
+            return
+        array = bucket.state.empty(self.held.shape, bucket.wide)
+        self._fill(bucket.state, seed, self.held, array)
+        bucket.set_value(self.value, array)
+        bucket.state.copy(self.master, array[self.updated.within(self.held)])
 
     def _fill(self, ops, seed, slab, array):
         """Fills an array with the initial values of a slab."""
@@ -236,6 +238,8 @@ class Bucket:
     masters : array (updated elements,)
         Where values are 16-bit floats; else None, and the values themselves are updated.
     wide : type of masters, moments and gradients
+    state : backend
+        Of the memory in which masters and moments lie: the host's when they are offloaded (Ren et al. 2021, arXiv:2101.06840).
     grads : array (held elements,)
         Made when first asked for after `free_grads()`, then not yet written.
     owned_grads : array (owned elements,)
@@ -249,13 +253,14 @@ class Bucket:
         self.name, self.parameters, self.deferred = name, list(parameters), None
         self.zero, self._grads, self.values, self.owned_grads, self._fetching = 0, None, None, None, None
 
-    def place(self, mesh, zero, ops, dtype):
-        """Decides held and owned slabs on `mesh` and allocates values, masters and moments."""
+    def place(self, mesh, zero, ops, dtype, offload=False):
+        """Decides held and owned slabs on `mesh` and allocates values, masters and moments, the last two perhaps on the host."""
         shared = mesh.canonical(self.parameters[0].shared)
         for parameter in self.parameters:
             if mesh.canonical(parameter.shared) != shared:
                 raise ValueError(f"{parameter.name}: parameters of bucket {self.name} are replicated over different axes")
         self.ops, self.dtype, self.wide = ops, np.dtype(dtype), wide_of(dtype)
+        self.state = ops.host if offload else ops
         self.mesh, self.group = mesh, mesh.group(shared)
         self.spans_stages = shared[0] == "ends"
         if self.spans_stages:       # stages run at different times: neither can wait for the other's part of the values
@@ -274,14 +279,16 @@ class Bucket:
         self._allocate()
 
     def _allocate(self):
-        ops, own, updated = self.ops, int(self.counts[self.group.rank]), sum(p.updated.size for p in self.parameters)
-        self.kept = ops.zeros((own,), self.wide) if self.zero == 3 else ops.zeros((self.size,), self.dtype)
+        ops, state = self.ops, self.state
+        own, updated = int(self.counts[self.group.rank]), sum(p.updated.size for p in self.parameters)
+        self.kept = state.zeros((own,), self.wide) if self.zero == 3 else ops.zeros((self.size,), self.dtype)
         self.values = None if self.zero == 3 else self.kept
-        self.masters = ops.zeros((updated,), self.wide) if self.zero < 3 and self.dtype != self.wide else None
+        apart = self.zero < 3 and (self.dtype != self.wide or state is not ops)
+        self.masters = state.zeros((updated,), self.wide) if apart else None
         self._grads = self.owned_grads = None
         if self.zero:
             self.owned_grads = ops.zeros((own,), self.wide)
-        self.moments = [ops.zeros((updated,), self.wide) for _ in range(2)]
+        self.moments = [state.zeros((updated,), self.wide) for _ in range(2)]
         position = 0
         for parameter in self.parameters:
             slab, start = parameter.updated, position
@@ -308,6 +315,13 @@ class Bucket:
         if self.group.size > 1:
             self.group.all_gather_start(held, self.ranges).wait()
 
+    def set_value(self, value, master):
+        """`value`, a view of the values, becomes the rounded `master`."""
+        if self.state is self.ops:
+            self.ops.copy(value, master)
+        else:
+            self.ops.put(value, master)
+
     def refresh(self):
         """After the owned parts of the masters were set: makes whole what this rank keeps of masters and values."""
         if self.zero == 3:
@@ -316,7 +330,7 @@ class Bucket:
             if self.zero == 0:
                 self.gather(self.masters)
             for parameter in self.parameters:
-                self.ops.copy(parameter.updated_value, parameter.master)
+                self.set_value(parameter.updated_value, parameter.master)
         if self.masters is None or self.zero:
             self.gather(self.values)
 
@@ -326,7 +340,7 @@ class Bucket:
             return
         self.values = self.empty((self.size,), self.dtype)
         for parameter in self.parameters:
-            self.ops.copy(self._part(self.values, parameter)[parameter.owned.within(parameter.held)], parameter.master)
+            self.set_value(self._part(self.values, parameter)[parameter.owned.within(parameter.held)], parameter.master)
         self._fetching = self.group.all_gather_start(self.values, self.ranges)
 
     def fetch(self):

@@ -187,10 +187,10 @@ class Transformer:
         found += [parameter for parameter in Last(self.setting, output).parameters if parameter is not table]
         return [mine.get(parameter.name, parameter) for parameter in found]
 
-    def place(self, zero=0):
-        """Gives every parameter its slabs and arrays on this rank."""
+    def place(self, zero=0, offload=False):
+        """Gives every parameter its slabs and arrays on this rank; masters and moments in host memory if they are offloaded."""
         for bucket in self.buckets:
-            bucket.place(self.mesh, zero, self.ops, self.dtype)
+            bucket.place(self.mesh, zero, self.ops, self.dtype, offload)
 
     def initialize(self):
         for parameter in self.parameters():

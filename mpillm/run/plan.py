@@ -3,7 +3,8 @@
 import math
 from typing import NamedTuple
 
-from ..backend.shapes import Shapes
+from ..backend.shapes import GpuShapes, Shapes
+from ..config import UserError
 from ..layout.journal import Journal, ledger_table
 from ..layout.mesh import AXES, Mesh, num_ranks_of
 from ..model.shape import Shape, layers_of_parts
@@ -17,6 +18,7 @@ from .progress import bytes_text, scaled
 from .session import build
 
 
+SLACK = 96 << 20     # bytes of a GPU beside the plan: scratch of single operations, and batches that are on their way
 SHOWN = 16      # micro-batches of the schedule that is drawn, at most
 
 
@@ -24,17 +26,58 @@ class Needs(NamedTuple):
     """What one rank of a layout holds, computes and sends."""
     parameters: int     # elements, of the whole model
     values: int         # bytes that are there between two steps, as all below
+    masters: int        # where they are not the values themselves
     moments: int
     gradients: int
+    kept: int           # bytes of a GPU to reserve for arrays that stay; 0 on a CPU
+    activations: int    # and for those that die within a pass
     peak: int           # bytes of arrays at the peak of a step
     flops: int          # of a step, all ranks
     micro_batches: int  # of a rank and step
     traffic: dict       # of a step, as of Journal.since
 
+    def held(self):
+        """What is there between two steps, in words."""
+        masters = f", masters {bytes_text(self.masters)}" if self.masters else ""
+        return f"values {bytes_text(self.values)}{masters}, moments {bytes_text(self.moments)}, gradients {bytes_text(self.gradients)}"
+
+    def remedy(self, job, sizes):
+        """The setting that would free the most, in words."""
+        if self.activations > self.values + self.masters + self.moments + self.gradients:
+            share = -(-job.train.batch // sizes["dp"])
+            if (job.train.micro_batch or share) > 1:
+                return f"lower train.micro_batch ({min(job.train.micro_batch or share, share)} here)"
+            return 'set train.recompute = "block"' if job.train.recompute != "block" else "raise mesh.tp, mesh.cp or mesh.pp"
+        if sizes["dp"] * sizes["cp"] > 1 and job.mesh.zero < 3:
+            return f"raise mesh.zero ({job.mesh.zero} here)"
+        return "raise mesh.tp or mesh.pp, or mesh.dp with mesh.zero = 3"
+
     @property
     def sent(self):
         """Bytes of a step."""
         return sum(entry.bytes for entry in self.traffic.values())
+
+
+def reserve(job, sizes, vocabulary, ops, group):
+    """Takes the memory of a GPU that the plan of this rank says, before the first array is made.
+
+    Raises
+    ------
+    UserError
+        on all ranks alike, where one has not that much: what takes it, and what would help.
+    """
+    plan, problem = needs(job, sizes, vocabulary, group.rank), None
+    if ops.host is not ops:
+        free = ops.device.free_bytes()
+        if plan.peak + SLACK > free:
+            problem = (f"a rank needs {bytes_text(plan.peak + SLACK)} of GPU memory, {bytes_text(free)} are free on rank {group.rank}: "
+                       f"{plan.held()}, activations {bytes_text(plan.activations)}; {plan.remedy(job, sizes)}")
+    problems = [text for text in group.collect(problem) if text]
+    if problems:
+        raise UserError(problems[0])
+    if ops.host is not ops:
+        ops.device.reserve(plan.kept + SLACK // 2, plan.activations + SLACK // 2)
+    return plan
 
 
 def needs(job, sizes, vocabulary, rank=0):
@@ -48,7 +91,8 @@ def needs(job, sizes, vocabulary, rank=0):
     vocabulary : int
     rank : int
     """
-    ops, journal = Shapes(), Journal()
+    on_gpu = job.run.device != "cpu"
+    ops, journal = GpuShapes() if on_gpu else Shapes(), Journal()
     session = build(job, Mesh.plan(sizes, rank, journal=journal, empty=ops.empty), vocabulary, ops)
     model = session.model
     trainer = Trainer(ops, model, Gradients(ops, model.buckets), AdamW(ops, model.buckets, job.optimizer), session.mesh, job)
@@ -57,9 +101,12 @@ def needs(job, sizes, vocabulary, rank=0):
     share = -(-job.train.batch // sizes["dp"])
     return Needs(parameters=sum(math.prod(parameter.shape) for parameter in model.every_parameter()),
                  values=sum(bucket.kept.nbytes for bucket in model.buckets),
+                 masters=sum(bucket.masters.nbytes for bucket in model.buckets if bucket.masters is not None),
                  moments=sum(moment.nbytes for bucket in model.buckets for moment in bucket.moments),
                  gradients=sum((bucket.owned_grads if bucket.zero >= 2 else bucket.grads).nbytes for bucket in model.buckets),
-                 peak=ops.peak, flops=model.flops_per_token() * job.train.batch * job.model.context,
+                 kept=ops.kept.peak if on_gpu else 0, activations=ops.passing_by.peak if on_gpu else 0,
+                 peak=ops.kept.peak + ops.passing_by.peak if on_gpu else ops.peak,
+                 flops=model.flops_per_token() * job.train.batch * job.model.context,
                  micro_batches=-(-share // trainer.micro_batch()), traffic=journal.since(before))
 
 
@@ -75,7 +122,7 @@ def table(job, sizes, vocabulary):
         ("model", f"{job.model.family}, {job.model.layers} layers, width {job.model.width}, vocabulary {job.model.vocabulary or vocabulary}: "
                   f"{largest.parameters:,} parameters"),
         ("layout", f"{ranks} rank{'s' * (ranks > 1)}: " + " x ".join(f"{axis}={sizes[axis]}" for axis in AXES) + f", ep={sizes['ep']}, zero={job.mesh.zero}"),
-        ("a rank holds", f"values {bytes_text(largest.values)}, moments {bytes_text(largest.moments)}, gradients {bytes_text(largest.gradients)}{of_stage}"),
+        ("a rank holds", f"{largest.held()}{of_stage}"),
         ("a rank needs", f"{bytes_text(largest.peak)} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute}){of_stage}"),
         ("a rank sends", f"{bytes_text(busiest.sent)} a step" + (f" (stage {stages.index(busiest)})" if len(stages) > 1 else "") + (":" if ranks > 1 else "")),
         ("a step", f"{tokens:,} tokens in {largest.micro_batches} micro-batch{'es' * (largest.micro_batches > 1)} a rank, {scaled(largest.flops)}FLOP on all ranks"),

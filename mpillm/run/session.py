@@ -106,7 +106,7 @@ def build(job, mesh, vocabulary, ops=None, recompute=None):
     layout = Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
     model = Transformer(ops, Shape.of(job.model, vocabulary), TYPES[job.precision.compute], job.train.seed,
                         job.train.recompute if recompute is None else recompute, mesh, layout)
-    model.place(job.mesh.zero)
+    model.place(job.mesh.zero, job.train.offload == "optimizer")
     return Session(job, ops, mesh, model)
 
 
@@ -120,7 +120,7 @@ def entries(model, moments):
                 slab = Slab((0,) * len(parameter.shape), (0,) * len(parameter.shape))
                 found.append(Entry(f"{table}/{parameter.name}", parameter.shape, slab, nothing.reshape(slab.shape)))
                 continue
-            found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, model.ops.to_host(_owned(parameter, table))))
+            found.append(Entry(f"{table}/{parameter.name}", parameter.shape, parameter.owned, parameter.bucket.state.to_host(_owned(parameter, table))))
     return found
 
 
@@ -136,7 +136,7 @@ def gather_loaded(model, loaded, moments):
     for entry in loaded:
         table, name = entry.name.split("/", 1)
         if name in parameters and entry.array.size:
-            model.ops.put(_owned(parameters[name], table), entry.array)
+            parameters[name].bucket.state.put(_owned(parameters[name], table), entry.array)
     for bucket in model.buckets:
         bucket.refresh()
         if moments and bucket.zero == 0:

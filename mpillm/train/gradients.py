@@ -32,10 +32,13 @@ class Gradients:
 
     def __init__(self, ops, buckets):
         self.ops, self.buckets, self.pending = ops, buckets, []
+        self.owned = None       # of all buckets, flat; they stay where they are, so they are listed once
 
     def begin(self):
         """Before the first forward of a step."""
         for bucket in self.buckets:
+            if bucket.zero < 2:
+                bucket.make_grads()     # here, since they outlive the pass that writes them first
             bucket.clear()
             if bucket.zero >= 2:
                 self.ops.fill(bucket.owned_grads, 0)
@@ -92,12 +95,13 @@ class Gradients:
 
     def square_sum(self):
         """This rank's share of the squared global norm: each element of the model counted by its owner, once."""
-        grads = []
-        for bucket in self.buckets:
-            for parameter in bucket.parameters:
-                grad = parameter.owned_grad
-                if bucket.zero == 0:
-                    grad = grad[parameter.owned.within(parameter.held)]
-                # The rows of several experts that a rank owns do not lie one after the other in their gradients.
-                grads += [part for part in (grad if len(parameter.shape) == 3 else [grad]) if part.size]
-        return self.ops.square_sum(grads)
+        if self.owned is None:
+            self.owned = [part for bucket in self.buckets for parameter in bucket.parameters for part in self._owned(parameter)]
+        return self.ops.square_sum(self.owned)
+
+    def _owned(self, parameter):
+        """The gradient that this rank answers for, in contiguous parts: the rows that it owns of several experts are apart."""
+        grad = parameter.owned_grad
+        if parameter.bucket.zero == 0:
+            grad = grad[parameter.owned.within(parameter.held)]
+        return [part for part in (grad if len(parameter.shape) == 3 else [grad]) if part.size]

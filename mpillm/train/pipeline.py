@@ -6,6 +6,8 @@ block; shapes are known from the job, so nothing is negotiated.
 
 import numpy as np
 
+from .recorded import Recorded
+
 TAGS = 2**14    # MPI guarantees tags up to 32767; messages of one tag arrive in order
 
 
@@ -21,6 +23,7 @@ class Pipeline:
     def __init__(self, ops, model):
         self.ops, self.model = ops, model
         self.group, self.stage = model.mesh["pp"], model.mesh.coord("pp")
+        self.recorded = Recorded(ops, model)
         self.do = {"F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight}
 
     def run(self, schedule, batches, gradients=None):
@@ -35,14 +38,36 @@ class Pipeline:
         """
         self.schedule, self.batches, self.gradients = schedule, batches, gradients
         self.loss, self.saved, self.deferred, self.sending = self.ops.zeros((1,), np.float64), {}, {}, []
-        actions = schedule.actions[self.stage]
+        if gradients is not None and self.recorded.possible:
+            self._run_alone()
+            return self.loss
+        with self.ops.activations():
+            self._run_schedule()
+        return self.loss
+
+    def _run_alone(self):
+        """Each micro-batch forward and backward, by a graph where one can do it."""
+        for number, batch in enumerate(self.batches):
+            self.last = number == len(self.batches) - 1
+            loss = self.recorded.run(batch, self._pass) if self.recorded.takes(batch, self.last) else self._pass(batch)
+            self.ops.add(self.loss, loss)
+
+    def _pass(self, batch):
+        """Forward and backward of a whole model; its loss."""
+        with self.ops.activations():
+            part, = self.model.parts
+            loss, saved = part.forward(None, batch)
+            part.backward(None, saved, batch, self._done)
+        return loss
+
+    def _run_schedule(self):
+        actions = self.schedule.actions[self.stage]
         finals = {action.chunk: index for index, action in enumerate(actions) if action.kind in "BW"}
         for index, action in enumerate(actions):
             self.last = finals.get(action.chunk) == index       # completes the step's gradients of its part
             self.do[action.kind](action)
         for message in self.sending:
             message.wait()
-        return self.loss
 
     def _tag(self, message):
         number = message.microbatch * self.schedule.chunks + message.chunk

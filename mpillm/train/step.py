@@ -68,6 +68,15 @@ class Trainer:
         self.ops, self.model, self.gradients, self.optimizer = ops, model, gradients, optimizer
         self.mesh, self.job, self.pipeline = mesh, job, Pipeline(ops, model)
         self.loss_scale = LossScale.of(model.dtype)
+        self.ahead = None       # source, first sample and `_parts` of the next step
+
+    def _parts(self, source, first):
+        """The micro-batches of the step that begins with sample `first`, and the tokens and targets of each on the device."""
+        if self.ahead and self.ahead[0] is source and self.ahead[1] == first:
+            return self.ahead[2]
+        mesh = self.mesh
+        parts = micro_batches(source, first, self.job.train.batch, mesh.coord("dp"), mesh.size("dp"), self.micro_batch())
+        return parts, [tokens_of(self.ops, self.model, part) for part in parts]
 
     def micro_batch(self):
         """Sequences of one pass on this rank."""
@@ -86,16 +95,18 @@ class Trainer:
         (a wish to stop, say).
         """
         mesh, job = self.mesh, self.job
-        parts = micro_batches(source, first, job.train.batch, mesh.coord("dp"), mesh.size("dp"), self.micro_batch())
+        parts, sent = self._parts(source, first)
         total = np.array([sum(float(part[2].sum(dtype=np.float64)) for part in parts)])
         mesh["dp"].all_reduce(total)                    # W: weight of all targets of the step
         auxiliary, scale = np.zeros(2), self.loss_scale.scale
         with self.ops.range("batch"):
-            batches = [make_batch(self.ops, self.model, part, (total[0] or 1.0) / scale, step, job.model.dropout)._replace(
-                share=part[4] / (job.train.batch / scale), auxiliary=auxiliary) for part in parts]
+            batches = [make_batch(self.ops, self.model, part, (total[0] or 1.0) / scale, step, job.model.dropout, tokens)._replace(
+                share=part[4] / (job.train.batch / scale), auxiliary=auxiliary) for part, tokens in zip(parts, sent)]
         self.gradients.begin()
         with self.ops.range("forward and backward"):
             loss = self.pipeline.run(self.schedule(len(batches)), batches, self.gradients)
+        if self.ops.host is not self.ops and step < job.train.steps:    # while the device computes
+            self.ahead = source, first + job.train.batch, self._parts(source, first + job.train.batch)
         with self.ops.range("reduce"):
             self.gradients.finish()
             numbers = np.array([self.gradients.square_sum() / scale, self.ops.to_host(loss)[0], *auxiliary], np.float64) / scale
@@ -112,21 +123,32 @@ class Trainer:
         return StepResult(float(numbers[1]), norm, rate, skipped, float(numbers[2]), float(numbers[3]), numbers[4:].tolist())
 
 
-def make_batch(ops, model, part, total, step=0, dropout=0.0):
+def positions_of(model, length):
+    """Positions (t,) of this rank's tokens of a sequence: some of them under context parallelism."""
+    mesh = model.mesh
+    ranges = token_ranges(length, mesh.size("cp"), mesh.coord("cp"), model.setting.layout.cp_form)
+    return np.concatenate([np.arange(start, start + size, dtype=np.int64) for start, size in ranges])
+
+
+def tokens_of(ops, model, part):
+    """This rank's tokens and targets (B, t) int64 of a part of `micro_batches`, on the device before the work that is under way is done."""
+    length = part[0].shape[1]
+    positions = positions_of(model, length)
+    return [ops.send_ahead(np.asarray(array if len(positions) == length else array[:, positions], np.int64)) for array in part[:2]]
+
+
+def make_batch(ops, model, part, total, step=0, dropout=0.0, sent=None):
     """The Batch of a part of `micro_batches`, whole sequences on the host; each target counts weight / total.
 
-    Under context parallelism it has this rank's tokens of each sequence only.
+    `sent` is what `tokens_of` made of the part, where it was asked before.
     """
-    tokens, targets, weights, numbers = part[:4]
-    mesh, length = model.mesh, tokens.shape[1]
-    ranges = token_ranges(length, mesh.size("cp"), mesh.coord("cp"), model.setting.layout.cp_form)
-    positions = np.concatenate([np.arange(start, start + size, dtype=np.int64) for start, size in ranges])     # (t,)
+    weights, numbers, length = part[2], part[3], part[0].shape[1]
+    positions, wide = positions_of(model, length), wide_of(model.dtype)
     if len(positions) < length:
-        tokens, targets, weights = tokens[:, positions], targets[:, positions], weights[:, positions]           # (B, t)
-    wide = wide_of(model.dtype)
-    scale = weights.astype(wide) / np.asarray(total, wide)
-    tokens, targets = [ops.from_host(np.asarray(array, np.int64)) for array in (tokens, targets)]
-    return Batch(tokens, targets, ops.from_host(scale), positions, numbers, step, dropout, length)
+        weights = weights[:, positions]                                         # (B, t)
+    tokens, targets = sent or tokens_of(ops, model, part)
+    scale = ops.from_host(weights.astype(wide) / np.asarray(total, wide))
+    return Batch(tokens, targets, scale, positions, numbers, step, dropout, length)
 
 
 def validation_loss(ops, model, count, windows, micro_batch):
