@@ -89,7 +89,7 @@ class Reference:
         """A context for arrays that all die within a pass: a device may keep memory for them."""
         return contextlib.nullcontext()
 
-    capture = None  # capture(work) -> what runs the operations of work() again by .launch(), on a device that can
+    capture = None  # on a device that can record operations: see Device.capture
 
     def range(self, name):
         """A context whose work profilers show under a name, where there are any."""

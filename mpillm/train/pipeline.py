@@ -46,18 +46,21 @@ class Pipeline:
         return self.loss
 
     def _run_alone(self):
-        """Each micro-batch forward and backward, by a graph where one can do it."""
+        """Each micro-batch forward and backward, by graphs where they can do it."""
         for number, batch in enumerate(self.batches):
             self.last = number == len(self.batches) - 1
-            loss = self.recorded.run(batch, self._pass) if self.recorded.takes(batch, self.last) else self._pass(batch)
+            if self.recorded.takes(batch):
+                loss = self.recorded.run(batch, self.last, self._pass, self._done)
+            else:
+                loss = self._pass(batch, self._done)
             self.ops.add(self.loss, loss)
 
-    def _pass(self, batch):
+    def _pass(self, batch, done):
         """Forward and backward of a whole model; its loss."""
         with self.ops.activations():
             part, = self.model.parts
             loss, saved = part.forward(None, batch)
-            part.backward(None, saved, batch, self._done)
+            part.backward(None, saved, batch, done)
         return loss
 
     def _run_schedule(self):
