@@ -88,6 +88,7 @@ def set_up(args, venv, kept, mpi, gpu, gpu_why):
         made["kernels"] = build_kernels(venv)
         made["peers"] = optional(venv, "peers", "PyTorch and transformers") if "peers" in extras else ""
         made["gpu_installed"] = optional(venv, gpu, f"CuPy ({gpu})") if gpu else ""
+        made["gpu_test"] = optional(venv, "gpu-test", "CuPy for tests without a GPU") if "test" in extras and not gpu else ""
         made["hdf5"] = hdf5.finish(venv, made["mpi_found"], plan, build)
     finally:
         build.stop()
@@ -120,6 +121,8 @@ def table(venv, made):
     """What was done, and why, as aligned lines."""
     mpi, form = made["mpi"], made["hdf5"]
     gpu, gpu_why = made["gpu"]
+    missing = [f"{name} {made[key]}" for name, key in (("peers", "peers"), ("CuPy for tests without a GPU", "gpu_test"))
+               if made[key].startswith("not ")]
     rows = [
         ("python", venv.version(), str(venv.python)),
         ("MPI", made["mpi_found"]["library"], "; ".join(filter(None, [mpi["why"], made["mpi_found"]["note"]]))),
@@ -127,7 +130,7 @@ def table(venv, made):
         ("kernels", made["kernels"].partition(":")[0], made["kernels"].partition(": ")[2] or "built by the C++ compiler"),
         ("GPU", f"CuPy ({gpu})" if made["gpu_installed"] == "installed" else "none",
          gpu_why if made["gpu_installed"] in ("", "installed") else made["gpu_installed"]),
-        ("extras", ", ".join(made["extras"]) or "none", made["peers"] if made["peers"].startswith("not ") else ""),
+        ("extras", ", ".join(made["extras"]) or "none", "; ".join(missing)),
         ("where", str(venv.folder), f". {os.path.relpath(venv.folder)}/bin/activate"),
     ]
     width = max(len(row[1]) for row in rows)

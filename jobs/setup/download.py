@@ -24,7 +24,7 @@ def fill(args):
     folder = args.download.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     gpu = find_gpu(args.gpu)[0]
-    extras = [name for name in ("test", "peers") if getattr(args, name)] + ([gpu] if gpu else [])
+    extras = [name for name in ("test", "peers") if getattr(args, name)] + ([gpu] if gpu else ["gpu-test"] if args.test else [])
     with tempfile.TemporaryDirectory(prefix="mpillm-download-") as place:
         venv = Venv(Path(place) / "venv")
         venv.create(False)

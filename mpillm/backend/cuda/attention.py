@@ -1,0 +1,78 @@
+"""Attention on the GPU: which kernel runs, and where its arrays lie."""
+
+import numpy as np
+
+from mpillm.backend import philox
+from mpillm.backend.types import wide_of
+
+WIDEST = 256            # of a head
+PLAIN_WARPS = 4         # rows of a block
+INT64, UINT64 = 1 << 63, 1 << 64
+NONE = 0, 0, 0
+
+
+def strides_of(x):
+    """Elements from one to the next along batch, token and head of a (B, T, H, D) view."""
+    if x.shape[3] > 1 and x.strides[3] != x.itemsize:
+        raise ValueError(f"attention of a view of shape {x.shape} and strides {x.strides}: its last dimension is not contiguous")
+    return tuple(stride // x.itemsize for stride in x.strides[:3])
+
+
+class AttentionOps:
+    """`reference.Reference` defines the operations."""
+
+    def attention(self, q, k, v, scale, causal=True, dropout=None):
+        (b, t, h, d), wide = q.shape, wide_of(q.dtype)
+        self._check_width(d)
+        out, lse = self.device.empty((b, t, h, d), q.dtype), self.device.empty((b, h, t), wide)
+        if q.size:
+            where, *mask = self._layout((q, k, v, out), causal, dropout)
+            self.device.launch("attention_plain", "forward", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
+                               (q, k, v, out, lse, where, *mask[:2], float(scale), mask[2]))
+        return out, lse
+
+    def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
+        (b, t, h, d), (_, s, kv, _) = q.shape, k.shape
+        self._check_width(d)
+        if not q.size:
+            self.fill(dk, 0)
+            self.fill(dv, 0)
+            return
+        if not lse.flags.c_contiguous:
+            strided, lse = lse, self.device.empty(lse.shape, lse.dtype)
+            self.copy(lse, strided)
+        where, *mask = self._layout((q, k, v, out, dout, dq, dk, dv), causal, dropout)
+        delta, block = self.device.empty((b, h, t), lse.dtype), 32 * PLAIN_WARPS
+        numbers = where, *mask[:2], float(scale), mask[2]
+        launch, rows = self.device.launch, -(-b * h * t // PLAIN_WARPS)
+        launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
+        launch("attention_plain", "backward_queries", q.dtype, rows, block, (dout, q, k, v, lse, delta, dq, *numbers))
+        if k.size:
+            launch("attention_plain", "backward_keys", q.dtype, -(-b * kv * s // PLAIN_WARPS), block,
+                   (dout, q, k, v, lse, delta, dk, dv, *numbers))
+
+    def attention_merge(self, out, lse, part_out, part_lse):
+        b, t, h, d = out.shape
+        if out.size:
+            by_row = [tuple(stride // x.itemsize for stride in x.strides) for x in (lse, part_lse)]
+            args = out, lse, part_out, part_lse, *strides_of(out), *strides_of(part_out), *by_row[0], *by_row[1], b, t, h, d
+            self.device.launch("attention_merge", "merge", out.dtype, -(-b * h * t // 4), 128, args)
+
+    def _check_width(self, width):
+        if width > WIDEST:
+            raise ValueError(f"attention with heads of {width}: at most {WIDEST}; use more heads")
+
+    def _layout(self, views, causal, dropout):
+        """The struct Layout of attention.cuh on the device; sample numbers, positions and the factor of what dropout keeps."""
+        (b, t, h, d), (_, s, kv, _) = views[0].shape, views[1].shape
+        strides = [strides_of(x) for x in views] + [NONE] * (8 - len(views))
+        numbers = [number for each in strides for number in each] + [b, t, s, h, kv, d, int(causal)]
+        samples = positions = None
+        keep, masked = 1.0, [0] * 6
+        if dropout is not None:
+            of_head = ((s if dropout.keys is None else dropout.keys) + 3) // 4
+            masked = [(dropout.key + INT64) % UINT64 - INT64, int(philox.keep_threshold(dropout.rate)), dropout.step, dropout.first,
+                      dropout.first_key, of_head]
+            samples, positions = [self.device.constant(np.asarray(x, np.int64)) for x in (dropout.samples, dropout.positions)]
+            keep = 1.0 / (1.0 - dropout.rate)
+        return self.device.constant(np.array(numbers + masked, np.int64)), samples, positions, keep

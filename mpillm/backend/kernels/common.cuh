@@ -1,0 +1,168 @@
+// What every CUDA kernel starts with: the compute type, 16-byte accesses, sums and maxima of warps and blocks.
+//
+// A source is compiled once for each type, -DREAL=1 float32, 2 float64, 3 bfloat16, 4 float16, and -Dname=value for whatever
+// else it fixes. Among its first lines it may tell the tests for what it is made (no such line: all four types, no macros):
+//   // types: half                               bfloat16 and float16 only; else names, as in: float32 float64
+//   // variants: HEAD_WIDTH=64,128 CAUSAL=0,1    the macros it needs, with values to compile; every combination;
+//                                               several such lines: those of each
+// Aligned shared memory is written __shared__ __align__(16) T name[N]; no alignas, which C++ allows only before __shared__.
+// With -DEMULATED it is compiled for the CPU emulator of the tests, which has the part of CUDA that the kernels use.
+#pragma once
+
+#ifdef EMULATED
+#include "emulate.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+// unsigned char* name: dynamic shared memory, as large as the launch says
+#define DYNAMIC_SHARED(name)                                          \
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];   \
+    unsigned char* name = dynamic_shared
+
+__device__ inline float widen(bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(float16 x) { return __half2float(x); }
+__device__ inline void round_to(bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
+__device__ inline void round_to(float16& y, float x) { y = __float2half_rn(x); }
+__device__ inline void round_to(bfloat16& y, double x) { y = __float2bfloat16_rn(float(x)); }
+__device__ inline void round_to(float16& y, double x) { y = __double2half(x); }
+
+// Accesses to what is not used again soon: they leave the caches to other data.
+__device__ inline int4 load_streaming(const int4* from) { return __ldcs(from); }
+__device__ inline void store_streaming(int4* to, int4 bits) { __stcs(to, bits); }
+#endif
+
+// -- types --------------------------------------------------------------------------------------------------------------
+
+template <int code> struct TypeOf;
+template <> struct TypeOf<1> { using type = float; using wide = float; };
+template <> struct TypeOf<2> { using type = double; using wide = double; };
+template <> struct TypeOf<3> { using type = bfloat16; using wide = float; };
+template <> struct TypeOf<4> { using type = float16; using wide = float; };
+
+using real = TypeOf<REAL>::type;  // of activations and weights
+using wide = TypeOf<REAL>::wide;  // of all arithmetic, sums and statistics
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline void round_to(float& y, float x) { y = x; }
+__device__ inline void round_to(float& y, double x) { y = float(x); }
+__device__ inline void round_to(double& y, double x) { y = x; }
+__device__ inline void round_to(double& y, float x) { y = x; }
+
+__device__ inline wide to_wide(real x) { return widen(x); }
+
+__device__ inline real to_real(wide x) {
+    real y;
+    round_to(y, x);
+    return y;
+}
+
+// Any of the four types from any other; to the nearest, ties to even.
+template <class To, class From>
+__device__ inline To convert(From x) {
+    To y;
+    round_to(y, widen(x));
+    return y;
+}
+
+// -- 16 bytes at a time -------------------------------------------------------------------------------------------------
+
+constexpr int PACK = 16 / sizeof(real), WIDE_PACK = 16 / sizeof(wide);
+
+struct alignas(16) Pack {
+    real at[PACK];
+};
+
+struct alignas(16) WidePack {
+    wide at[WIDE_PACK];
+};
+
+static_assert(sizeof(Pack) == 16 && sizeof(WidePack) == 16, "a pack is what one access moves");
+
+__device__ inline bool is_aligned(const void* pointer) { return (reinterpret_cast<unsigned long long>(pointer) & 15) == 0; }
+
+// Through int4, so that the access stays one of 16 bytes whatever the compiler thinks of the struct.
+template <class P>
+__device__ inline P pack_of(int4 bits) {
+    P pack;
+    memcpy(&pack, &bits, 16);
+    return pack;
+}
+
+template <class P>
+__device__ inline int4 bits_of(const P& pack) {
+    int4 bits;
+    memcpy(&bits, &pack, 16);
+    return bits;
+}
+
+__device__ inline Pack load_pack(const real* from) { return pack_of<Pack>(*reinterpret_cast<const int4*>(from)); }
+__device__ inline void store_pack(real* to, const Pack& pack) { *reinterpret_cast<int4*>(to) = bits_of(pack); }
+__device__ inline Pack load_pack_streaming(const real* from) {
+    return pack_of<Pack>(load_streaming(reinterpret_cast<const int4*>(from)));
+}
+__device__ inline void store_pack_streaming(real* to, const Pack& pack) {
+    store_streaming(reinterpret_cast<int4*>(to), bits_of(pack));
+}
+__device__ inline WidePack load_wide_pack(const wide* from) { return pack_of<WidePack>(*reinterpret_cast<const int4*>(from)); }
+__device__ inline void store_wide_pack(wide* to, const WidePack& pack) { *reinterpret_cast<int4*>(to) = bits_of(pack); }
+__device__ inline WidePack load_wide_pack_streaming(const wide* from) {
+    return pack_of<WidePack>(load_streaming(reinterpret_cast<const int4*>(from)));
+}
+__device__ inline void store_wide_pack_streaming(wide* to, const WidePack& pack) {
+    store_streaming(reinterpret_cast<int4*>(to), bits_of(pack));
+}
+
+// -- warps and blocks (of one dimension; block sizes are multiples of 32) -----------------------------------------------
+
+__device__ inline int thread() { return int(threadIdx.x); }
+__device__ inline int lane() { return int(threadIdx.x & 31); }
+__device__ inline int warp() { return int(threadIdx.x >> 5); }
+__device__ inline int num_warps() { return int(blockDim.x >> 5); }
+
+// The sum over the lanes of a warp, the same bits in all of them.
+template <class T>
+__device__ inline T warp_sum(T x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+template <class T>
+__device__ inline T warp_max(T x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const T other = __shfl_xor_sync(0xFFFFFFFFu, x, step);
+        x = x > other ? x : other;
+    }
+    return x;
+}
+
+// The sum over a block, in all its threads; scratch: 32 elements of shared memory, free again at the return.
+template <class T>
+__device__ inline T block_sum(T x, T* scratch) {
+    x = warp_sum(x);
+    if (lane() == 0) scratch[warp()] = x;
+    __syncthreads();
+    x = warp_sum(lane() < num_warps() ? scratch[lane()] : T(0));
+    __syncthreads();
+    return x;
+}
+
+template <class T>
+__device__ inline T block_max(T x, T* scratch) {
+    x = warp_max(x);
+    if (lane() == 0) scratch[warp()] = x;
+    __syncthreads();
+    x = warp_max(scratch[lane() < num_warps() ? lane() : 0]);
+    __syncthreads();
+    return x;
+}
