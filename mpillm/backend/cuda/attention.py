@@ -6,7 +6,10 @@ from mpillm.backend import philox
 from mpillm.backend.types import wide_of
 
 WIDEST = 256            # of a head
-PLAIN_WARPS = 4         # rows of a block
+PLAIN_WARPS = 4         # rows of a block of the plain kernels
+TILED = 64, 128         # head widths that tensor cores do
+ROWS, COLUMNS = 128, 64     # of a tile of attention_tiles.cuh
+FEWEST = 16             # queries for which a tile is worth while
 INT64, UINT64 = 1 << 63, 1 << 64
 NONE = 0, 0, 0
 
@@ -18,6 +21,18 @@ def strides_of(x):
     return tuple(stride // x.itemsize for stride in x.strides[:3])
 
 
+def is_tiled(views, dropout):
+    """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout."""
+    q = views[0]
+    return (dropout is None and q.itemsize == 2 and q.shape[3] in TILED and q.shape[1] >= FEWEST
+            and all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views))
+
+
+def threads_of(width):
+    """Of a block of attention_tiles.cuh."""
+    return 128 if width == 64 else 256
+
+
 class AttentionOps:
     """`reference.Reference` defines the operations."""
 
@@ -25,8 +40,13 @@ class AttentionOps:
         (b, t, h, d), wide = q.shape, wide_of(q.dtype)
         self._check_width(d)
         out, lse = self.device.empty((b, t, h, d), q.dtype), self.device.empty((b, h, t), wide)
-        if q.size:
-            where, *mask = self._layout((q, k, v, out), causal, dropout)
+        if not q.size:
+            return out, lse
+        where, *mask = self._layout((q, k, v, out), causal, dropout)
+        if is_tiled((q, k, v), dropout):
+            self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), threads_of(d), (q, k, v, out, lse, where, float(scale)),
+                               shared=2 * d * (ROWS + 2 * COLUMNS), HEAD_WIDTH=d)
+        else:
             self.device.launch("attention_plain", "forward", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
                                (q, k, v, out, lse, where, *mask[:2], float(scale), mask[2]))
         return out, lse
@@ -46,6 +66,14 @@ class AttentionOps:
         numbers = where, *mask[:2], float(scale), mask[2]
         launch, rows = self.device.launch, -(-b * h * t // PLAIN_WARPS)
         launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
+        if is_tiled((q, k, v, dout, dq, dk, dv), dropout) and k.size:
+            shared, threads = 2 * d * (2 * ROWS + 4 * COLUMNS), threads_of(d)
+            args = dout, q, k, v, lse, delta
+            launch("attention_backward", "backward_keys", q.dtype, (-(-s // ROWS), kv, b), threads, (*args, dk, dv, where, float(scale)),
+                   shared=shared + 16 * COLUMNS, HEAD_WIDTH=d)
+            launch("attention_backward", "backward_queries", q.dtype, (-(-t // ROWS), h, b), threads, (*args, dq, where, float(scale)),
+                   shared=shared, HEAD_WIDTH=d)
+            return
         launch("attention_plain", "backward_queries", q.dtype, rows, block, (dout, q, k, v, lse, delta, dq, *numbers))
         if k.size:
             launch("attention_plain", "backward_keys", q.dtype, -(-b * kv * s // PLAIN_WARPS), block,
