@@ -74,6 +74,10 @@ class Reference:
         """As `from_host`, for small tables that are asked for again and again; not to be written to."""
         return self.from_host(array)
 
+    def padding(self, columns, dtype):
+        """Columns to add to so many of a matrix for products with it to be fast."""
+        return 0
+
     def padded(self, shape, dtype):
         """As `empty` for (rows, columns), perhaps as a view with longer rows, where products are faster with them."""
         return self.empty(shape, dtype)

@@ -241,7 +241,7 @@ class GpuShapes(Shapes):
         super().__init__()
         from .cuda import Cuda
 
-        self.logit_elements, self.row = Cuda.logit_elements, Cuda.row_of
+        self.logit_elements, self.row, self.padding = Cuda.logit_elements, Cuda.row_of, Cuda.padding
         self.kept, self.passing_by = Arena(ENDLESS), Arena(ENDLESS)
         self.arena, self._host = self.kept, Shapes()
 

@@ -8,6 +8,46 @@ from typing import NamedTuple
 
 import numpy as np
 
+class Table:
+    """The output table during a micro-batch: as it is, or a copy with rows of zeros below it where the device wants more rows.
+
+    Logits of such rows are 0, and so is what is written for them; their gradients are left behind.
+
+    Attributes
+    ----------
+    rows : int
+        V/tp, padded.
+    value : (rows, C)
+    """
+
+    def __init__(self, ops, table, training):
+        self.ops, self.table, (held, width) = ops, table, table.held.shape
+        self.rows = held + ops.padding(held, table.value.dtype)
+        self.value, self.dvalue, self.written = table.value, None, False
+        if self.rows > held:
+            self.value = ops.zeros((self.rows, width), table.value.dtype)
+            ops.copy(self.value[:held], table.value)
+            self.dvalue = ops.empty((self.rows, width), table.bucket.wide) if training else None
+
+    def add_product(self, dlogits, x):
+        """The gradient (V/tp, C) += dlogits^T (rows, n') x (n', C)"""
+        if self.dvalue is None:
+            self.ops.matmul(dlogits.T, x, out=self.table.grad, accumulate=self.table.accumulates())
+        else:
+            self.ops.matmul(dlogits.T, x, out=self.dvalue, accumulate=self.written)
+        self.written = True
+
+    def finish(self):
+        """After the last product: the gradient is in its place."""
+        if self.dvalue is None and self.written:
+            return
+        accumulate, grad = self.table.accumulates(), self.table.grad
+        if self.written:
+            (self.ops.add if accumulate else self.ops.copy)(grad, self.dvalue[:len(grad)])
+        elif not accumulate:
+            self.ops.fill(grad, 0)
+
+
 class OutputLoss:
     """Sum over tokens of w x nll, and its gradient.
 
@@ -60,16 +100,17 @@ class OutputLoss:
         targets, scale = batch.targets.reshape(-1), batch.scale.reshape(-1)     # (N,)
         dx = ops.empty(x.shape, x.dtype) if training else None                  # (N, C), partial over tp
         size, loss = self.chunk(num_tokens), ops.zeros((1,), np.float64)
-        logits = ops.padded((size, self.table.held.shape[0]), x.dtype)
+        table = Table(ops, self.table, training)
+        logits = ops.padded((size, table.rows), x.dtype)
         for start in range(0, num_tokens, max(1, size)):
             part = slice(start, min(start + size, num_tokens))
-            chunk = ops.matmul(x[part], self.table.value.T, out=logits[:part.stop - start])     # (n', V/tp)
-            self._cross_entropy(chunk, targets[part], scale[part], loss, training)
+            chunk = ops.matmul(x[part], table.value.T, out=logits[:part.stop - start])      # (n', V/tp), padded
+            self._cross_entropy(chunk[:, :self.table.held.shape[0]], targets[part], scale[part], loss, training)
             if training:
-                ops.matmul(chunk, self.table.value, out=dx[part])               # (n', C)
-                ops.matmul(chunk.T, x[part], out=self.table.grad, accumulate=self.table.accumulates())  # (V/tp, C)
-        if training and not num_tokens and not self.table.accumulates():
-            ops.fill(self.table.grad, 0)
+                ops.matmul(chunk, table.value, out=dx[part])                    # (n', C)
+                table.add_product(chunk, x[part])
+        if training:
+            table.finish()
         if self.region.group.rank:
             ops.fill(loss, 0)
         return loss, self.Saved(self.region.enter_backward(dx)) if training else None
