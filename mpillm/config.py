@@ -107,6 +107,12 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Communication:
+    transport: str = option("of GPU arrays: device memory to MPI, pinned memory to MPI, or NCCL; auto asks MPI", "auto",
+                            choices=("auto", "cuda_aware", "staged", "nccl"))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = option("steps between checkpoints; 0: only at the end, a killed run then loses all", 100, at_least=0)
     keep: int = option("newest checkpoints kept", 2, at_least=2)
@@ -129,6 +135,7 @@ class Job:
     train: Train
     optimizer: Optimizer
     precision: Precision
+    communication: Communication
     checkpoint: Checkpoint
     run: Run
 

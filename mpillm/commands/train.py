@@ -15,6 +15,7 @@ def run(arguments):
     from ..layout.comm import world
     from ..layout.compose import check_layout
     from ..layout.mesh import sizes_of
+    from ..run.connect import connect
     from ..run.data import TrainingData
     from ..run.session import open_device, shared_job
 
@@ -33,13 +34,14 @@ def run(arguments):
             print("\n".join(table(job, sizes, data.vocabulary)))
         return 0
     ops = open_device(job.run.device, job.precision.compute, group)
+    group, line = connect(group, ops, job.communication.transport)
     if job.run.device != "cpu":
         from ..run.plan import reserve
         reserve(job, sizes, data.vocabulary, ops, group)
-    return _train(job, sizes, data, group, ops)
+    return _train(job, sizes, data, group, ops, line)
 
 
-def _train(job, sizes, data, group, ops):
+def _train(job, sizes, data, group, ops, line):
     """Builds what a run needs around the Training, and ends it in order."""
     import os
 
@@ -58,8 +60,9 @@ def _train(job, sizes, data, group, ops):
             Metrics(directory.file("metrics.jsonl"), group) as metrics, \
             StopFlag(group, job.run.time_limit, directory.stop_requested) as stop:
         session = build(job, Mesh(group, sizes), data.vocabulary, ops)
-        if session.ops.note:
-            progress.note(session.ops.note)
+        for note in (session.ops.note, line):
+            if note:
+                progress.note(note)
         training = Training(session, directory, data, metrics, progress, stop)
         training.prepare()
         directory.write_job(job_to_toml(job))

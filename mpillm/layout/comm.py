@@ -61,12 +61,12 @@ def raw(array):
     return array.view(np.uint16) if is_half(array) else array
 
 
-def chunks(array):
-    """Flat pieces of a contiguous array, each at most MAX_COUNT elements."""
+def chunks(array, most=MAX_COUNT):
+    """Flat pieces of a contiguous array, each at most `most` elements."""
     flat = array.reshape(-1)
     if not np.shares_memory(flat, array) and array.size:
         raise ValueError("communication needs a contiguous array")
-    return [flat[start:start + MAX_COUNT] for start in range(0, flat.size, MAX_COUNT)]
+    return [flat[start:start + most] for start in range(0, flat.size, most)]
 
 
 class Pending:
@@ -182,8 +182,14 @@ class Group:
         Shown in the journal and in messages.
     synchronize : callable
         Waits for the device before its arrays are handed to MPI.
+
+    Attributes
+    ----------
+    message_bytes : int or None
+        The most bytes of a message between two ranks: where some of the ranks have GPUs, all must cut alike.
     """
     empty = staticmethod(np.empty)
+    message_bytes = None
 
     def __init__(self, handle, name="world", synchronize=lambda: None):
         from mpi4py import MPI
@@ -193,6 +199,10 @@ class Group:
     def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
         self.synchronize()
         return self.journal.enter(self, operation, array, sent, detail, peer, expected)
+
+    def _messages(self, x):
+        """The contiguous `x` in the messages in which it goes to another rank."""
+        return chunks(raw(x), self.message_bytes // x.itemsize if self.message_bytes else MAX_COUNT)
 
     def _around(self, x):
         """Bytes that a rank sends to have `x` summed: 2 (p - 1) / p of it (Thakur et al. 2005)."""
@@ -290,8 +300,8 @@ class Group:
         requests = []
         for distance in range(1, self.size):
             source, to = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            requests += [self.handle.Irecv(part, source, tag) for array in received(source) for part in chunks(raw(array))]
-            requests += [self.handle.Isend(part, to, tag) for array in sent(to) for part in chunks(raw(array))]
+            requests += [self.handle.Irecv(part, source, tag) for array in received(source) for part in self._messages(array)]
+            requests += [self.handle.Isend(part, to, tag) for array in sent(to) for part in self._messages(array)]
         return requests
 
     # ---- moving ---------------------------------------------------------------------------------------------------
@@ -353,8 +363,8 @@ class Group:
 
     def _shift_start(self, x, out, call):
         tag, source, to = self._next_tag(), (self.rank - 1) % self.size, (self.rank + 1) % self.size
-        requests = [self.handle.Irecv(part, source, tag) for part in chunks(raw(out))]
-        requests += [self.handle.Isend(part, to, tag) for part in chunks(raw(x))]
+        requests = [self.handle.Irecv(part, source, tag) for part in self._messages(out)]
+        requests += [self.handle.Isend(part, to, tag) for part in self._messages(x)]
         return Pending(requests, call, kept=(x, out))
 
     def send_start(self, x, to, tag=0):
@@ -363,7 +373,7 @@ class Group:
         return Pending(self._send(x, to, tag), call, kept=x)
 
     def _send(self, x, to, tag):
-        return [self.handle.Isend(part, to, tag) for part in chunks(raw(x))]
+        return [self.handle.Isend(part, to, tag) for part in self._messages(x)]
 
     def receive(self, x, source, tag=0):
         """`x` from rank `source`; blocks. Returns `x`."""
@@ -373,7 +383,7 @@ class Group:
         return x
 
     def _receive(self, x, source, tag):
-        for part in chunks(raw(x)):
+        for part in self._messages(x):
             self.handle.Recv(part, source, tag)
 
     def barrier(self):
@@ -412,7 +422,13 @@ class Group:
         if handle.Get_size() == 1:
             handle.Free()
             return Solo()
-        return Group(handle, name, self.synchronize)
+        return self._like(handle, name)
+
+    def _like(self, handle, name):
+        """A Group of other ranks that treats arrays as this one does."""
+        group = Group(handle, name, self.synchronize)
+        group.message_bytes = self.message_bytes
+        return group
 
     # ---- the adjoint pairs of layers (table at the top of this file) ----------------------------------------------
 

@@ -19,6 +19,7 @@ from ..model.transformer import Transformer
 from ..layout.agreement import on_root
 from ..layout.node import place_on_node
 from ..store.checkpoint import load_named
+from .connect import connect
 from ..store.hyperslab import Entry
 
 TYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "float16": np.dtype(np.float16), "bfloat16": np.dtype(bfloat16)}
@@ -181,7 +182,8 @@ def open_model(path, group, precision=None, mesh=None, device="cpu"):
         sizes = sizes_of(job.mesh, group.size)
         check_layout(job, sizes)
         ops = open_device(device, job.precision.compute, group)
-        opened["session"] = build(job, Mesh(group, sizes), job.model.vocabulary, ops, recompute="none")
+        ranks, _ = connect(group, ops, job.communication.transport)
+        opened["session"] = build(job, Mesh(ranks, sizes), job.model.vocabulary, ops, recompute="none")
         opened["entries"] = entries(opened["session"].model, moments=False)
         return opened["entries"]
     checkpoint = load_named(path, make_entries, group, open_backend("cpu"), lambda line: print(line, file=sys.stderr))

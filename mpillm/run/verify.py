@@ -18,6 +18,7 @@ from ..text.batches import RandomBatches
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer
+from .connect import connect
 from .session import build, open_device
 
 TOLERANCE = 1e-10       # relative; rounding in float64 is some 1e-15
@@ -173,6 +174,7 @@ def compare(job, group):
         As of `in_float64`, with its vocabulary.
     """
     ops, batch = open_device(job.run.device, "float64", group), job.train.batch
+    group, _ = connect(group, ops, job.communication.transport)
     mesh = Mesh(group, sizes_of(job.mesh, group.size))
     layout = trainer_of(job, mesh, ops)
     alone = trainer_of(on_one_rank(job, mesh.sizes), Mesh(Solo(), {}), ops) if group.rank == 0 else None

@@ -54,13 +54,14 @@ def trainer_of(job, group=None, ops=OPS):
     mesh = Mesh(group or Solo(), {} if alone else sizes_of(job.mesh, group.size))
     layout = Layout() if alone else Layout(job.mesh.sequence, job.mesh.cp_form, job.mesh.chunks, tuple(job.mesh.stages or ()))
     model = Transformer(ops, Shape.of(job.model, VOCABULARY), TYPES[job.precision.compute], job.train.seed, job.train.recompute, mesh, layout)
-    model.place(0 if alone else job.mesh.zero)
+    model.place(0 if alone else job.mesh.zero, job.train.offload == "optimizer")
     model.initialize()
     for number, parameter in enumerate(model.every_parameter()):     # so that no bias and no norm is at its special value
         if parameter.bucket is not None:
             change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
-            master = ops.to_host(parameter.master)
-            ops.put(parameter.master, master + change[parameter.updated.slices()].astype(master.dtype))
+            state = parameter.bucket.state
+            master = state.to_host(parameter.master)
+            state.put(parameter.master, master + change[parameter.updated.slices()].astype(master.dtype))
     for bucket in model.buckets:
         bucket.refresh()
     return Trainer(ops, model, Gradients(ops, model.buckets), AdamW(ops, model.buckets, job.optimizer), mesh, job)
@@ -76,7 +77,7 @@ class Trace(NamedTuple):
 
 def steps_of(trainer, count, source=None, keep_gradients=True):
     """Trains steps 1 .. count."""
-    host = lambda array: np.array(trainer.ops.to_host(array))
+    host = lambda array: np.array(array if isinstance(array, np.ndarray) else trainer.ops.to_host(array))
     batch, source, results, gradients = trainer.job.train.batch, source or Source(), [], []
     for step in range(1, count + 1):
         results.append(trainer.train_step(step, source, (step - 1) * batch))

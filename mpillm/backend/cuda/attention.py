@@ -9,6 +9,7 @@ WIDEST = 256            # of a head
 PLAIN_WARPS = 4         # rows of a block of the plain kernels
 TILED = 64, 128         # head widths that tensor cores do
 ROWS, COLUMNS = 128, 64     # of a tile of attention_tiles.cuh
+FORWARD_THREADS, BACKWARD_THREADS = 128, {64: 128, 128: 256}
 FEWEST = 16             # queries for which a tile is worth while
 INT64, UINT64 = 1 << 63, 1 << 64
 NONE = 0, 0, 0
@@ -28,11 +29,6 @@ def is_tiled(views, dropout):
             and all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views))
 
 
-def threads_of(width):
-    """Of a block of attention_tiles.cuh."""
-    return 128 if width == 64 else 256
-
-
 class AttentionOps:
     """`reference.Reference` defines the operations."""
 
@@ -44,7 +40,7 @@ class AttentionOps:
             return out, lse
         where, *mask = self._layout((q, k, v, out), causal, dropout)
         if is_tiled((q, k, v), dropout):
-            self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), threads_of(d), (q, k, v, out, lse, where, float(scale)),
+            self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), FORWARD_THREADS, (q, k, v, out, lse, where, float(scale)),
                                shared=2 * d * (ROWS + 2 * COLUMNS), HEAD_WIDTH=d)
         else:
             self.device.launch("attention_plain", "forward", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
@@ -65,15 +61,16 @@ class AttentionOps:
         delta, block = self.device.empty((b, h, t), lse.dtype), 32 * PLAIN_WARPS
         numbers = where, *mask[:2], float(scale), mask[2]
         launch, rows = self.device.launch, -(-b * h * t // PLAIN_WARPS)
-        launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
-        if is_tiled((q, k, v, dout, dq, dk, dv), dropout) and k.size:
-            shared, threads = 2 * d * (2 * ROWS + 4 * COLUMNS), threads_of(d)
+        if is_tiled((q, k, v, out, dout, dq, dk, dv), dropout) and k.size:
+            launch("attention_backward", "row_sums", q.dtype, -(-b * h * t * d // 2048), 256, (delta, dout, out, where), HEAD_WIDTH=d)
+            shared, threads = 2 * d * (2 * ROWS + 4 * COLUMNS), BACKWARD_THREADS[d]
             args = dout, q, k, v, lse, delta
             launch("attention_backward", "backward_keys", q.dtype, (-(-s // ROWS), kv, b), threads, (*args, dk, dv, where, float(scale)),
                    shared=shared + 16 * COLUMNS, HEAD_WIDTH=d)
             launch("attention_backward", "backward_queries", q.dtype, (-(-t // ROWS), h, b), threads, (*args, dq, where, float(scale)),
                    shared=shared, HEAD_WIDTH=d)
             return
+        launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
         launch("attention_plain", "backward_queries", q.dtype, rows, block, (dout, q, k, v, lse, delta, dq, *numbers))
         if k.size:
             launch("attention_plain", "backward_keys", q.dtype, -(-b * kv * s // PLAIN_WARPS), block,

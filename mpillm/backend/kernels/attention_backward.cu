@@ -3,6 +3,7 @@
 // kernel, and no sums whose order would depend on timing.
 // types: half
 // variants: HEAD_WIDTH=64,128
+#define TILES_OF_WARP (HEAD_WIDTH == 64 ? 2 : 1)  // the sums of two tiles of width 128 do not fit into registers
 #include "attention_tiles.cuh"
 
 constexpr int PART = 32, PARTS = PART / 8;  // columns at a time, which bounds the registers
@@ -13,13 +14,30 @@ __device__ inline float shift_of(const float* lse, long long row, bool there) {
     return x == -INFINITY ? INFINITY : x;
 }
 
+// delta (B, H, T): row sums of dout out; the lanes of a row take a chunk each, rows in the order of memory.
+extern "C" __global__ void __launch_bounds__(256) row_sums(float* delta, const real* dout, const real* out, const Layout* where) {
+    const Layout& at = *where;
+    const long long number = ((long long)blockIdx.x * 256 + thread()) / CHUNKS;
+    const long long head = number % at.heads, query = number / at.heads % at.queries, batch = number / at.heads / at.queries;
+    float sum = 0;
+    if (batch < at.num_batch) {
+        const Pack a = load_pack(row_of(dout, at.dout, batch, query, head) + thread() % CHUNKS * 8);
+        const Pack b = load_pack(row_of(out, at.out, batch, query, head) + thread() % CHUNKS * 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += to_wide(a.at[i]) * to_wide(b.at[i]);
+    }
+#pragma unroll
+    for (int step = CHUNKS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+    if (batch < at.num_batch && thread() % CHUNKS == 0) delta[(batch * at.heads + head) * at.queries + query] = sum;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(const real* dout, const real* q, const real* k, const real* v,
                                                                     const float* lse, const float* delta, real* dk, real* dv,
                                                                     const Layout* where, double scale) {
     DYNAMIC_SHARED(memory);
     real *keys = reinterpret_cast<real*>(memory), *values = keys + ROWS * D, *streams = values + ROWS * D;
     float* numbers = reinterpret_cast<float*>(streams + 4 * COLUMNS * D);  // (2, 2, COLUMNS): shifts and deltas of both buffers
-    const Layout& at = *where;
+    const Layout at = *where;  // in registers: it does not change
     const long long batch = blockIdx.z, kv_head = blockIdx.y, first = (long long)blockIdx.x * ROWS;
     const long long offset = at.keys - at.queries;
     long long begin = at.causal ? first - offset : 0;  // the first query that sees a key of this block
@@ -56,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(const real* 
         const float *shifts = numbers + buffer * 2 * COLUMNS, *deltas = shifts + COLUMNS;
         const long long base = begin + step % tiles * COLUMNS;
         const bool whole = !at.causal || base + offset >= first + ROWS - 1;
+        const int diagonal = int(base + offset - first);  // row r is seen by the columns from r - diagonal on
 #pragma unroll 1
         for (int part = 0; part < COLUMNS; part += PART) {
             float p[TILES][PARTS][4], ds[TILES][PARTS][4];
@@ -70,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(const real* 
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int column = part + 8 * j + lane() % 4 * 2 + i % 2;
-                        const bool seen = whole || first + row_in_block(t, i / 2) <= base + column + offset;
+                        const bool seen = whole || row_in_block(t, i / 2) <= column + diagonal;
                         const float probability = seen ? fast_exp2(p[t][j][i] * scale2 - shifts[column]) : 0.0f;
                         p[t][j][i] = probability;
                         ds[t][j][i] = probability * (ds[t][j][i] - deltas[column]);
@@ -94,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(const rea
                                                                        double scale) {
     DYNAMIC_SHARED(memory);
     real *queries = reinterpret_cast<real*>(memory), *slopes = queries + ROWS * D, *streams = slopes + ROWS * D;
-    const Layout& at = *where;
+    const Layout at = *where;  // in registers: it does not change
     const long long batch = blockIdx.z, head = blockIdx.y, kv_head = head / at.group();
     const long long first = (long long)(gridDim.x - 1 - blockIdx.x) * ROWS;
     const long long last = first + ROWS < at.queries ? first + ROWS : at.queries, end = at.seen(last - 1);
@@ -120,13 +139,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(const rea
             shift[t][half] = shift_of(lse, row, query < at.queries);
             mean[t][half] = query < at.queries ? delta[row] : 0.0f;
         }
-    for (long long base = 0; base < end; base += COLUMNS) {
+    const Sight sight(at, first);
+    const int last_key = int(end);
+    for (int base = 0; base < last_key; base += COLUMNS) {
         wait_copies<0>();
         __syncthreads();
-        if (base + COLUMNS < end) start(base + COLUMNS);
+        if (base + COLUMNS < last_key) start(base + COLUMNS);
         commit_copies();
         real *keys = streams + (base / COLUMNS & 1) * 2 * COLUMNS * D, *values = keys + COLUMNS * D;
-        const bool whole = base + COLUMNS <= at.seen(first) && base + COLUMNS <= end;
+        const bool whole = sight.is_whole(base);
 #pragma unroll 1
         for (int part = 0; part < COLUMNS; part += PART) {
             float p[TILES][PARTS][4], ds[TILES][PARTS][4];
@@ -138,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(const rea
             for (int t = 0; t < TILES; ++t)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int seen = whole ? COLUMNS : int(at.seen(first + row_in_block(t, half)) - base);
+                    const int seen = whole ? COLUMNS : sight.seen(row_in_block(t, half)) - base;
 #pragma unroll
                     for (int j = 0; j < PARTS; ++j)
 #pragma unroll

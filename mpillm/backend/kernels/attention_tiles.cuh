@@ -6,9 +6,19 @@
 #include "mma.cuh"
 
 constexpr int D = HEAD_WIDTH, CHUNKS = D / 8;                               // of 16 bytes in a row
-constexpr int TILES = D == 64 ? 2 : 1, WARPS = D == 64 ? 4 : 8, THREADS = 32 * WARPS;
+constexpr int TILES = TILES_OF_WARP, WARPS = 8 / TILES, THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * TILES * WARPS, COLUMNS = 64;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// Keys of a tile from `base` on that the queries of this thread see, and whether all rows of the block see all of them.
+struct Sight {
+    int base_of_row, keys, step;  // row + base_of_row + 1 keys are seen, at most `keys`; step 0: all are
+
+    __device__ Sight(const Layout& at, long long first)
+        : base_of_row(int(first + at.keys - at.queries)), keys(int(at.keys)), step(at.causal ? 1 : 0) {}
+    __device__ int seen(int row) const { return step ? max(0, min(row + base_of_row + 1, keys)) : keys; }
+    __device__ bool is_whole(int base) const { return base + COLUMNS <= seen(0); }
+};
 
 // Where a chunk of a row lies: chunks of a row change places by the row's number, so that a column of rows meets all banks.
 __device__ inline real* place(real* tile, int row, int chunk) { return tile + row * D + (chunk ^ (row & 7)) * 8; }
@@ -37,6 +47,35 @@ __device__ inline void load_b(unsigned (&b)[4], real* tile, int row, int k) {
 // 16 rows of a tile as the inner dimension, 16 of their columns as the columns of two factors B.
 __device__ inline void load_b_transposed(unsigned (&b)[4], real* tile, int row, int k) {
     load_transposed(b, place(tile, row + lane() % 16, 2 * k + lane() / 16));
+}
+
+// The rows of a tile from `row` on, kept as factors A.
+struct Kept {
+    unsigned a[D / 16][TILES][4];
+
+    __device__ void load(real* tile, int row) {
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) load_a(a[k][t], tile, row + 16 * t, k);
+    }
+};
+
+// sums (16 TILES, 8 n) += left x (8 n rows of `right` from `column` on)^T
+template <int n>
+__device__ inline void multiply_kept(float (&sums)[TILES][n][4], const Kept& left, real* right, int column) {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int j = 0; j < n / 2; ++j) {
+            unsigned b[4];
+            load_b(b, right, column + 16 * j, k);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                mma(sums[t][2 * j], left.a[k][t], b[0], b[1]);
+                mma(sums[t][2 * j + 1], left.a[k][t], b[2], b[3]);
+            }
+        }
 }
 
 // sums (16 TILES, 8 n) += rows of `left` from `row` on x (8 n rows of `right` from `column` on)^T
