@@ -1,8 +1,11 @@
 """Attention on the GPU: which kernel runs, and where its arrays lie."""
 
+import functools
+
 import numpy as np
 
 from mpillm.backend import philox
+from mpillm.backend.cuda.cudnn import sdpa_of
 from mpillm.backend.types import wide_of
 
 WIDEST = 256            # of a head
@@ -38,6 +41,8 @@ class AttentionOps:
         out, lse = self.device.empty((b, t, h, d), q.dtype), self.device.empty((b, h, t), wide)
         if not q.size:
             return out, lse
+        if self._by_cudnn(q, k, causal, dropout) and self.sdpa.forward(q, k, v, out, lse, float(scale), bool(causal)):
+            return out, lse
         where, *mask = self._layout((q, k, v, out), causal, dropout)
         if is_tiled((q, k, v), dropout):
             self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), FORWARD_THREADS, (q, k, v, out, lse, where, float(scale)),
@@ -57,6 +62,8 @@ class AttentionOps:
         if not lse.flags.c_contiguous:
             strided, lse = lse, self.device.empty(lse.shape, lse.dtype)
             self.copy(lse, strided)
+        if self._by_cudnn(q, k, causal, dropout) and self.sdpa.backward(dout, q, k, v, out, lse, dq, dk, dv, float(scale), bool(causal)):
+            return
         where, *mask = self._layout((q, k, v, out, dout, dq, dk, dv), causal, dropout)
         delta, block = self.device.empty((b, h, t), lse.dtype), 32 * PLAIN_WARPS
         numbers = where, *mask[:2], float(scale), mask[2]
@@ -82,6 +89,14 @@ class AttentionOps:
             by_row = [tuple(stride // x.itemsize for stride in x.strides) for x in (lse, part_lse)]
             args = out, lse, part_out, part_lse, *strides_of(out), *strides_of(part_out), *by_row[0], *by_row[1], b, t, h, d
             self.device.launch("attention_merge", "merge", out.dtype, -(-b * h * t // 4), 128, args)
+
+    @functools.cached_property
+    def sdpa(self):
+        """cuDNN's attention, or None."""
+        return sdpa_of(self.device)
+
+    def _by_cudnn(self, q, k, causal, dropout):
+        return self.sdpa is not None and self.sdpa.takes(q, k, causal, dropout)
 
     def _check_width(self, width):
         if width > WIDEST:

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, tests first, then benchmarks: results as JSON, tables on the screen. Under 9 minutes, no network.
+#   jobs/bench/gpu.sh [RESULT_FOLDER] [PART ...]      parts: build tests operations attention step peers llama transports verify sanitizer
+# PYTHON: the Python to use (default python3), with CuPy, pytest, mpi4py and, for the peers, torch and transformers.
+# MPILLM_MPI: folder of a CUDA-aware MPI to use (bin/, lib/), where there is no other.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+results=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
+parts=("${@:2}")
+[ ${#parts[@]} -gt 0 ] || parts=(build tests operations attention step peers llama transports verify sanitizer)
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD:$PWD/jobs/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+if [ -n "${MPILLM_MPI:-}" ]; then
+  export OPAL_PREFIX=$MPILLM_MPI PATH=$MPILLM_MPI/bin:$PATH LD_LIBRARY_PATH=$MPILLM_MPI/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  export MPI4PY_LIBMPI=$MPILLM_MPI/lib/libmpi.so
+fi
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+
+part() {    # name, seconds it may take, command
+  [[ " ${parts[*]} " == *" $1 "* ]] || return 0
+  local name=$1 limit=$2 started=$SECONDS state
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" > "$results/$name.log" 2>&1
+  state=$?
+  grep -v '^[.s]*  *\[' "$results/$name.log" | tail -n 30 | cut -c1-240
+  echo "== $name: exit $state, $((SECONDS - started)) s"
+  summary+="$name: exit $state, $((SECONDS - started)) s"$'\n'
+}
+on_ranks() { local n=$1; shift; mpirun -n "$n" "$python" -m mpi4py "$@"; }
+verify() {  # two and four ranks share the GPU
+  local job=$results/verify.toml
+  cp jobs/quickstart.toml "$job"
+  for layout in "2 mesh.dp=2 mesh.zero=1" "2 mesh.tp=2" "2 mesh.pp=2" "2 mesh.cp=2" "4 mesh.dp=2 mesh.tp=2 mesh.zero=3"; do
+    set -- $layout
+    echo "-- $layout"
+    mpirun -n "$1" "$python" -m mpillm verify "$job" run.device=gpu "${@:2}" 2>&1 | tail -n 4
+    [ "${PIPESTATUS[0]}" = 0 ] || return 1
+  done
+}
+sanitizer() {
+  local tool tests="tests/backend/cuda/test_cuda_norms.py tests/backend/cuda/test_cuda_attention.py tests/backend/cuda/test_cuda_vocabulary.py"
+  for tool in memcheck racecheck; do
+    echo "-- $tool"
+    timeout 55 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider $tests \
+      -k "bfloat16 and (few or tile or 37 or cross) and not whole and not two" 2>&1 | tail -n 5
+    [ "${PIPESTATUS[0]}" = 0 ] || return 1
+  done
+}
+summary=""
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+part build 60 "$python" -m mpillm.backend.build
+part tests 120 "$python" -m pytest -q -p no:cacheprovider --color=no tests/backend/cuda --ignore tests/backend/cuda/test_cuda_compile.py --ignore tests/backend/cuda/test_emulator.py
+part operations 40 "$python" jobs/bench/gpu_operations.py --out "$results/operations.json"
+part attention 50 "$python" jobs/bench/gpu_attention.py --out "$results/attention.json"
+part step 60 "$python" jobs/bench/gpu_step.py --out "$results/step.json"
+part peers 120 "$python" jobs/bench/gpu_peer.py --model gpt2 --out "$results/peers.json"
+part llama 120 "$python" jobs/bench/gpu_peer.py --model llama --rounds 5 --out "$results/llama.json"
+part transports 60 on_ranks 2 jobs/bench/gpu_transports.py --out "$results/transports.json"
+part verify 120 verify
+part sanitizer 120 sanitizer
+echo "== summary"
+printf '%s' "$summary" | tee "$results/summary.txt"
