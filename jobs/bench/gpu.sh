@@ -21,7 +21,7 @@ part() {    # name, seconds it may take, command
   local name=$1 limit=$2 started=$SECONDS state
   shift 2
   echo "== $name"
-  timeout "$limit" "$@" > "$results/$name.log" 2>&1
+  timeout "$limit" bash -c '"$@"' _ "$@" > "$results/$name.log" 2>&1
   state=$?
   grep -v '^[.s]*  *\[' "$results/$name.log" | tail -n 30 | cut -c1-240
   echo "== $name: exit $state, $((SECONDS - started)) s"
@@ -47,6 +47,8 @@ sanitizer() {
     [ "${PIPESTATUS[0]}" = 0 ] || return 1
   done
 }
+export -f on_ranks verify sanitizer
+export python results
 summary=""
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part build 60 "$python" -m mpillm.backend.build

@@ -94,7 +94,7 @@ def run(name, arguments):
         row["share_of_product"] = flops / (arguments.rate * 1e12)
     if steps.ops.host is not steps.ops:
         device = steps.ops.device
-        row |= {"planned_GB": steps.plan.peak / 1e9, "measured_GB": device.peak_bytes() / 1e9, "graphs": len(steps.trainer.pipeline.recorded.passes)}
+        row |= {"planned_GB": (steps.plan.peak + steps.plan.scratch) / 1e9, "measured_GB": device.peak_bytes() / 1e9, "graphs": len(steps.trainer.pipeline.recorded.passes)}
         row["host_share"] = host_share(steps, arguments.steps)
     return row, {"losses": losses, "seconds": seconds}
 

@@ -37,7 +37,11 @@ def run(arguments):
     group, line = connect(group, ops, job.communication.transport)
     if job.run.device != "cpu":
         from ..run.plan import reserve
-        reserve(job, sizes, data.vocabulary, ops, group)
+        plan = reserve(job, sizes, data.vocabulary, ops, group)
+        try:
+            return _train(job, sizes, data, group, ops, line)
+        except MemoryError as error:
+            raise MemoryError(f"{error}; planned: {plan.held()}, activations {plan.activations / 1e9:.1f} GB; {plan.remedy(job, sizes)}") from error
     return _train(job, sizes, data, group, ops, line)
 
 

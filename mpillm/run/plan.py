@@ -35,6 +35,7 @@ class Needs(NamedTuple):
     flops: int          # of a step, all ranks
     micro_batches: int  # of a rank and step
     traffic: dict       # of a step, as of Journal.since
+    scratch: int = 0    # bytes of libraries on a GPU, which only it can tell
 
     def held(self):
         """What is there between two steps, in words."""
@@ -68,9 +69,11 @@ def reserve(job, sizes, vocabulary, ops, group):
     """
     plan, problem = needs(job, sizes, vocabulary, group.rank), None
     if ops.host is not ops:
+        plan = plan._replace(scratch=_scratch(job, sizes, ops))
         free = ops.device.free_bytes()
-        if plan.peak + SLACK > free:
-            problem = (f"a rank needs {bytes_text(plan.peak + SLACK)} of GPU memory, {bytes_text(free)} are free on rank {group.rank}: "
+        wanted = plan.peak + plan.scratch + SLACK
+        if wanted > free:
+            problem = (f"a rank needs {bytes_text(wanted)} of GPU memory, {bytes_text(free)} are free on rank {group.rank}: "
                        f"{plan.held()}, activations {bytes_text(plan.activations)}; {plan.remedy(job, sizes)}")
     problems = [text for text in group.collect(problem) if text]
     if problems:
@@ -78,6 +81,17 @@ def reserve(job, sizes, vocabulary, ops, group):
     if ops.host is not ops:
         ops.device.reserve(plan.kept + SLACK // 2, plan.activations + SLACK // 2)
     return plan
+
+
+def _scratch(job, sizes, ops):
+    """Bytes that libraries take beside the plan: cuBLASLt's workspace, and that of cuDNN's attention where it is used."""
+    model, found = job.model, ops.library.workspace_size
+    heads, kv_heads = model.heads // sizes["tp"], max(1, (model.kv_heads or model.heads) // sizes["tp"])
+    if ops.sdpa is None or sizes["cp"] > 1 or model.dropout or job.precision.compute not in ("bfloat16", "float16") or model.context < 2:
+        return found
+    share = -(-job.train.batch // sizes["dp"])
+    return found + ops.sdpa.scratch(min(job.train.micro_batch or share, share), model.context, heads, kv_heads, model.width // model.heads,
+                                    job.precision.compute)
 
 
 def needs(job, sizes, vocabulary, rank=0):

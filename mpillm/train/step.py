@@ -133,6 +133,9 @@ def positions_of(model, length):
 def tokens_of(ops, model, part):
     """This rank's tokens and targets (B, t) int64 of a part of `micro_batches`, on the device before the work that is under way is done."""
     length = part[0].shape[1]
+    for tokens in part[:2]:     # on the host: a device would read past its table without a word
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.shape.vocabulary:
+            raise ValueError(f"token {tokens.max() if tokens.min() >= 0 else tokens.min()} in the data: the model has tokens 0 to {model.shape.vocabulary - 1}")
     positions = positions_of(model, length)
     return [ops.send_ahead(np.asarray(array if len(positions) == length else array[:, positions], np.int64)) for array in part[:2]]
 

@@ -96,6 +96,16 @@ class Sdpa:
             plan.run(q=q, k=k, v=v, out=out, dout=dout, lse=lse, dq=dq, dk=dk, dv=dv)
         return plan is not None
 
+    def scratch(self, b, t, h, kv, d, dtype):
+        """Bytes of scratch memory that causal self-attention of this form takes, where this is asked: 0 where it is not taken."""
+        strides = t * (h + 2 * kv) * d, d, (h + 2 * kv) * d, 1
+        views = [((b, heads, t, d), strides) for heads in (h, kv, kv)]
+        whole = (b, h, t, d), (t * h * d, d, h * d, 1)
+        scale = float(d ** -0.5)
+        plans = (self._plan(("forward", scale, True, dtype, *views, whole), self._forward),
+                 self._plan(("backward", scale, True, dtype, *views, whole, whole, *views), self._backward))
+        return sum({plan.size for plan in plans if plan is not None})      # one buffer for each size
+
     def _plan(self, key, make):
         if key not in self.plans:
             _, scale, causal, dtype, *forms = key

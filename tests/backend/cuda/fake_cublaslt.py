@@ -22,6 +22,8 @@ def matrix(address, rows, columns, ld, dtype):
 class NumpyLt:
     """`CublasLt` on a CPU: `run` alone."""
 
+    workspace_size = 0
+
     def __init__(self, device):
         self.device = device
 

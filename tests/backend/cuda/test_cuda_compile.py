@@ -13,7 +13,15 @@ from mpillm.config import UserError
 
 TYPES = {"half": ["bfloat16", "float16"], "": ["bfloat16", "float16", "float32", "float64"]}
 ARCHITECTURES = {"bfloat16": ["80", "90a", "100", "120"]}      # others: the first two
-SPILLS = {}     # (file, kernel): why it may keep something in local memory
+SPILLS = {     # (file, kernel): why it may keep something in local memory
+    ("attention", "forward"): "up to 64 bytes at a head width of 128: with half the rows a warp and none it ran at 190 TFLOP/s on an H200, so at 228",
+    ("attention_backward", "backward_keys"): "up to 56 bytes on sm_100 and sm_120 at a head width of 64, none on sm_80 and sm_90",
+    ("attention_plain", "forward"): "up to 16 bytes; the kernel waits for memory",
+    ("attention_plain", "backward_queries"): "up to 24 bytes; the kernel waits for memory",
+    ("attention_plain", "backward_keys"): "up to 24 bytes; the kernel waits for memory",
+    ("layer_norm", "backward"): "rows beyond 8,192 16-bit numbers: 128 sums a thread, rather than a second pass over memory",
+    ("swiglu", "swiglu"): "16 bytes in float32 on sm_80: six 64-bit sizes beside three packs",
+}
 SIGNATURE = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 POINTER = re.compile(r"(const )?\w+( \w+)*( const)? ?\*+ ?((const|__restrict__) )*\w+")
 NUMBER = re.compile(r"(const )?(long long|double) \w+")
