@@ -92,6 +92,9 @@ def cases(ops):
     tables = [ops.from_host(np.ones((1024, 32), np.float32)) for _ in range(2)]
     yield "RoPE", lambda: ops.rope(qkv[:, :, :24], *tables), 2 * qkv.nbytes * 2 // 3
     del qkv, hidden, dhidden, halves, slope
+    query, keys, values = random(ops, (8, 1, 32, 128)), random(ops, (8, 8192, 8, 128)), random(ops, (8, 8192, 8, 128))
+    yield "attention of 1 query over 8,192 keys", lambda: ops.attention(query, keys, values, 0.1), keys.nbytes + values.nbytes
+    del keys, values
     ids = ops.from_host(np.random.default_rng(0).zipf(1.3, rows) % vocabulary)
     table_, dtable = random(ops, (vocabulary, width)), ops.zeros((vocabulary, width), np.float32)
     yield "embedding forward", lambda: ops.embedding(ids, table_), 2 * size

@@ -11,9 +11,15 @@ from mpillm.backend.types import wide_of
 WIDEST = 256            # of a head
 PLAIN_WARPS = 4         # rows of a block of the plain kernels
 TILED = 64, 128         # head widths that tensor cores do
-ROWS, COLUMNS = 128, 64     # of a tile of attention_tiles.cuh
-FORWARD_THREADS, BACKWARD_THREADS = 128, {64: 128, 128: 256}
-FEWEST = 16             # queries for which a tile is worth while
+ROWS = 128              # of a block of attention_tiles.cuh; queries, or keys for their gradients
+THREADS, KEY_THREADS = 128, 256
+SHARED = {      # bytes of shared memory of a block, for heads of D
+    "forward": lambda d: 2 * d * (ROWS + 2 * 64),
+    "backward_keys": lambda d: 2 * d * (2 * ROWS + 4 * 64) + 4 * 2 * 32 * 64 + 16 * 64,
+    "backward_queries": lambda d: 2 * d * (2 * ROWS + 4 * (64 if d == 64 else 32)),
+}
+FEWEST = 16             # queries for which a tile is worth while; fewer divide their keys, FEWEST_KEYS or more a block, among blocks
+FEWEST_KEYS, DECODE_WAVES = 128, 4
 INT64, UINT64 = 1 << 63, 1 << 64
 NONE = 0, 0, 0
 
@@ -25,11 +31,20 @@ def strides_of(x):
     return tuple(stride // x.itemsize for stride in x.strides[:3])
 
 
-def is_tiled(views, dropout):
-    """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout."""
+def is_tiled(device, kernel, views, dropout):
+    """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout, room for a tile."""
     q = views[0]
     return (dropout is None and q.itemsize == 2 and q.shape[3] in TILED and q.shape[1] >= FEWEST
+            and SHARED[kernel](q.shape[3]) <= device.shared_memory
             and all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views))
+
+
+def packs_of_row(views):
+    """Packs of a head's row, where attention_decode.cu can do these views: a power of two up to 32; else 0."""
+    q = views[0]
+    packs, rest = divmod(q.shape[3] * q.itemsize, 16)
+    aligned = all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views)
+    return packs if aligned and not rest and packs in (1, 2, 4, 8, 16, 32) else 0
 
 
 class AttentionOps:
@@ -44,13 +59,24 @@ class AttentionOps:
         if self._by_cudnn(q, k, causal, dropout) and self.sdpa.forward(q, k, v, out, lse, float(scale), bool(causal)):
             return out, lse
         where, *mask = self._layout((q, k, v, out), causal, dropout)
-        if is_tiled((q, k, v), dropout):
-            self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), FORWARD_THREADS, (q, k, v, out, lse, where, float(scale)),
-                               shared=2 * d * (ROWS + 2 * COLUMNS), HEAD_WIDTH=d)
+        if is_tiled(self.device, "forward", (q, k, v), dropout):
+            self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), THREADS, (q, k, v, out, lse, where, float(scale)),
+                               shared=SHARED["forward"](d), HEAD_WIDTH=d)
+        elif t < FEWEST and k.size and dropout is None and packs_of_row((q, k, v)):
+            self._decode(q, k, v, out, lse, where, float(scale))
         else:
             self.device.launch("attention_plain", "forward", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
                                (q, k, v, out, lse, where, *mask[:2], float(scale), mask[2]))
         return out, lse
+
+    def _decode(self, q, k, v, out, lse, where, scale):
+        (b, t, h, d), keys = q.shape, k.shape[1]
+        blocks = max(1, min(-(-DECODE_WAVES * self.device.multiprocessors // (b * h * t)), keys // FEWEST_KEYS))
+        chunk = -(-keys // blocks)
+        parts, stats = self.device.empty((b * h * t, blocks, d), lse.dtype), self.device.empty((b * h * t, blocks, 2), lse.dtype)
+        self.device.launch("attention_decode", "part", q.dtype, (b * h * t, blocks), 32 * PLAIN_WARPS,
+                           (q, k, v, parts, stats, where, scale, chunk, packs_of_row((q, k, v))))
+        self.device.launch("attention_decode", "join", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS, (parts, stats, out, lse, where, blocks))
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
         (b, t, h, d), (_, s, kv, _) = q.shape, k.shape
@@ -68,14 +94,12 @@ class AttentionOps:
         delta, block = self.device.empty((b, h, t), lse.dtype), 32 * PLAIN_WARPS
         numbers = where, *mask[:2], float(scale), mask[2]
         launch, rows = self.device.launch, -(-b * h * t // PLAIN_WARPS)
-        if is_tiled((q, k, v, out, dout, dq, dk, dv), dropout) and k.size:
+        if is_tiled(self.device, "backward_keys", (q, k, v, out, dout, dq, dk, dv), dropout) and k.size:
             launch("attention_backward", "row_sums", q.dtype, -(-b * h * t * d // 2048), 256, (delta, dout, out, where), HEAD_WIDTH=d)
-            shared, threads = 2 * d * (2 * ROWS + 4 * COLUMNS), BACKWARD_THREADS[d]
-            args = dout, q, k, v, lse, delta
-            launch("attention_backward", "backward_keys", q.dtype, (-(-s // ROWS), kv, b), threads, (*args, dk, dv, where, float(scale)),
-                   shared=shared + 16 * COLUMNS, HEAD_WIDTH=d)
-            launch("attention_backward", "backward_queries", q.dtype, (-(-t // ROWS), h, b), threads, (*args, dq, where, float(scale)),
-                   shared=shared, HEAD_WIDTH=d)
+            for kernel, grid, threads, found in (("backward_keys", (-(-s // ROWS), kv, b), KEY_THREADS, (dk, dv)),
+                                                 ("backward_queries", (-(-t // ROWS), h, b), THREADS, (dq,))):
+                launch("attention_backward", kernel, q.dtype, grid, threads, (dout, q, k, v, lse, delta, *found, where, float(scale)),
+                       shared=SHARED[kernel](d), HEAD_WIDTH=d)
             return
         launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
         launch("attention_plain", "backward_queries", q.dtype, rows, block, (dout, q, k, v, lse, delta, dq, *numbers))

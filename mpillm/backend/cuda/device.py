@@ -81,6 +81,8 @@ class Device:
     arch : str
         As compilers call it: "90a" for compute capability 9.0, else such as "80".
     multiprocessors : int
+    shared_memory : int
+        Bytes that a block can have.
     address : str
         On the PCI bus of its node.
     """
@@ -94,7 +96,7 @@ class Device:
         except self.runtime.CUDARuntimeError as error:
             raise UserError(f'run.device = "gpu": no usable GPU: {error}; load the driver, or set run.device = "cpu"') from None
         self.name, self.multiprocessors = properties["name"].decode(), properties["multiProcessorCount"]
-        self.address = self.runtime.deviceGetPCIBusId(index)
+        self.shared_memory, self.address = properties["sharedMemPerBlockOptin"], self.runtime.deviceGetPCIBusId(index)
         capability = f"{properties['major']}{properties['minor']}"
         self.arch = "90a" if capability == "90" else capability
         self.stream, self.copies = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)

@@ -3,7 +3,7 @@
 from mpillm.backend.types import wide_of
 
 BLOCK, BLOCK_WARPS = 256, 8
-GENERAL_WAVES, BACKWARD_WAVES = 16, 2       # blocks of a multiprocessor at most; few in backward, as each leaves sums of columns
+GENERAL_WAVES, FORWARD_WAVES, BACKWARD_WAVES = 16, 4, {4: 2, 8: 1}      # blocks of a multiprocessor at most; BACKWARD_WAVES by PACKS, else 3
 MOST_PACKS = 4                              # of a lane, before a row takes more warps; 8 where it has all of a block
 
 
@@ -21,6 +21,11 @@ def form_of(width, itemsize, arrays):
     elif warps > 1:
         each = max(3, each)     # fewer kernels to compile
     return {"WARPS": warps if each else 1, "PACKS": each}
+
+
+def shared_bytes(form, arrays):
+    """Of a block, for its rows of so many arrays: two stages where a lane has few packs."""
+    return 16 * BLOCK * form["PACKS"] * arrays * (2 if form["PACKS"] <= 4 else 1)
 
 
 class NormOps:
@@ -45,10 +50,14 @@ class NormOps:
         mean = None if bias is None else self.device.empty((rows,), wide)
         if x.size:
             form = form_of(width, x.itemsize, (x, weight, bias, residual))
-            grid = -(-rows * form["WARPS"] // BLOCK_WARPS)
+            grid, shared = self._rows_at_once(form, rows, FORWARD_WAVES), shared_bytes(form, 1 if residual is None else 2)
             args = y, mean, rstd, x, residual, weight, bias, float(eps), rows, width
-            self.device.launch(file, "forward", x.dtype, grid, BLOCK, args, **form)
+            self.device.launch(file, "forward", x.dtype, grid, BLOCK, args, shared=shared, **form)
         return y, mean, rstd
+
+    def _rows_at_once(self, form, rows, waves):
+        """Blocks: enough for all rows, at most `waves` a multiprocessor."""
+        return min(-(-rows * form["WARPS"] // BLOCK_WARPS), waves * self.device.multiprocessors)
 
     def _norm_backward(self, file, dy, x, weight, mean, rstd, dweight, dbias, residual):
         (rows, width), wide = x.shape, wide_of(x.dtype)
@@ -58,13 +67,12 @@ class NormOps:
         sums = 1 if dbias is None else 2
         form = form_of(width, x.itemsize, (dy, x, weight, residual))
         if form["PACKS"]:
-            groups = BLOCK_WARPS // form["WARPS"]
-            count = min(-(-rows // groups), BACKWARD_WAVES * self.device.multiprocessors)
+            count = self._rows_at_once(form, rows, BACKWARD_WAVES.get(form["PACKS"], 3))
             parts = self.device.empty((count, sums, width), wide)
             args = dx, parts, dy, x, residual, weight, mean, rstd, rows, width
-            self.device.launch(file, "backward", x.dtype, count, BLOCK, args, shared=groups * width * wide.itemsize, **form)
+            self.device.launch(file, "backward", x.dtype, count, BLOCK, args, shared=shared_bytes(form, 2 if residual is None else 3), **form)
         else:
-            grid = min(-(-rows // BLOCK_WARPS), GENERAL_WAVES * self.device.multiprocessors)
+            grid = self._rows_at_once(form, rows, GENERAL_WAVES)
             self.device.launch(file, "backward", x.dtype, grid, BLOCK, (dx, dy, x, residual, weight, mean, rstd, rows, width), **form)
             count = min(rows, 64)
             parts = self.device.empty((count, sums, width), wide)

@@ -121,6 +121,45 @@ __device__ inline void store_wide_pack_streaming(wide* to, const WidePack& pack)
     store_streaming(reinterpret_cast<int4*>(to), bits_of(pack));
 }
 
+// 2^x, 0 for -inf; results below 2^-126 are 0
+__device__ inline float fast_exp2(float x) {
+#ifdef EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// -- copies to shared memory that run by themselves (cp.async, sm_80 on) -------------------------------------------------
+
+#ifndef EMULATED
+__device__ inline unsigned shared_address(const void* pointer) { return unsigned(__cvta_generic_to_shared(pointer)); }
+
+// 16 bytes, zeros where the source is not `there`.
+__device__ inline void copy_async(void* to, const void* from, bool there) {
+    const int size = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when all but the last `n` groups of this thread's copies are done.
+template <int n>
+__device__ inline void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
+#else
+inline void copy_async(void* to, const void* from, bool there) {
+    const int4 zeros = {0, 0, 0, 0};
+    memcpy(to, there ? from : &zeros, 16);
+}
+inline void commit_copies() {}
+template <int n>
+inline void wait_copies() {}
+#endif
+
 // -- warps and blocks (of one dimension; block sizes are multiples of 32) -----------------------------------------------
 
 __device__ inline int thread() { return int(threadIdx.x); }

@@ -4,7 +4,7 @@
 // touched.
 #include "common.cuh"
 
-__device__ inline float natural_exp(float x) { return __expf(x); }
+__device__ inline float natural_exp(float x) { return fast_exp2(x * 1.4426950408889634f); }
 __device__ inline double natural_exp(double x) { return exp(x); }
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }  // passes a NaN over: it comes through the sum
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
@@ -41,31 +41,35 @@ struct Softmax {
     }
 };
 
-// Of the whole row, for all threads; the packs below `held` are then in shared memory too.
+// Of the whole row, for all threads. The packs below `held` are copied to shared memory first, all in flight at once, and
+// stay there: each thread reads those that it copied.
 __device__ Softmax row_softmax(const Row& row, Pack* held_packs, int held) {
-    constexpr int flight = 2;  // packs in flight a thread
     __shared__ wide scratch[32];
     const wide lowest = -INFINITY;
     Softmax own = {lowest, 0};
-    Pack filled;  // counts for nothing
-    for (int j = 0; j < PACK; ++j) filled.at[j] = to_real(lowest);
-    for (int base = thread(); base < row.packs; base += flight * blockDim.x) {
-        Pack packs[flight];
-        wide x[flight * PACK];
+    auto take = [&](const Pack& pack) {
+        wide x[PACK];
 #pragma unroll
-        for (int i = 0; i < flight; ++i) {
-            const int pack = base + i * int(blockDim.x);
-            packs[i] = pack < row.packs ? load_pack(row.at + pack * PACK) : filled;
-        }
-#pragma unroll
-        for (int i = 0; i < flight; ++i) {
-            const int pack = base + i * int(blockDim.x);
-            if (pack < held) held_packs[pack] = packs[i];
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) x[i * PACK + j] = to_wide(packs[i].at[j]);
-        }
+        for (int j = 0; j < PACK; ++j) x[j] = to_wide(pack.at[j]);
         own.take(x);
+    };
+    const int stride = int(blockDim.x), front = min(held, row.packs), part = (front + 4 * stride - 1) / (4 * stride) * stride;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        for (int pack = i * part + thread(); pack < min((i + 1) * part, front); pack += stride)
+            copy_async(held_packs + pack, row.at + pack * PACK, true);
+        commit_copies();
     }
+    auto take_part = [&](int i) {
+#pragma unroll 2
+        for (int pack = i * part + thread(); pack < min((i + 1) * part, front); pack += stride) take(held_packs[pack]);
+    };
+    wait_copies<3>(), take_part(0);
+    wait_copies<2>(), take_part(1);
+    wait_copies<1>(), take_part(2);
+    wait_copies<0>(), take_part(3);
+#pragma unroll 2
+    for (int pack = front + thread(); pack < row.packs; pack += stride) take(load_pack(row.at + pack * PACK));
     for (int column = row.first_single(); column < row.width; column += blockDim.x) {
         const wide x[1] = {to_wide(row.at[column])};
         own.take(x);

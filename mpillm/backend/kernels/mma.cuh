@@ -1,6 +1,5 @@
 // Tensor cores and what feeds them, for bfloat16 and float16: products of 16 x 8 x 16 with float32 sums (mma.sync, sm_80 on),
-// loads of 8 x 8 matrices (ldmatrix), copies to shared memory that run by themselves (cp.async). Who holds what is told by
-// the PTX manual: lane 4 g + t has of A (16, 16) the rows g, g + 8 and columns 2 t, 2 t + 1 and 8 more; of the sums (16, 8) the
+// loads of 8 x 8 matrices (ldmatrix). Who holds what is told by the PTX manual: lane 4 g + t has of A (16, 16) the rows g, g + 8 and columns 2 t, 2 t + 1 and 8 more; of the sums (16, 8) the
 // rows g, g + 8 and columns 2 t, 2 t + 1.
 #pragma once
 
@@ -15,8 +14,6 @@ __device__ inline unsigned pair_of(float low, float high) {
 }
 
 #ifndef EMULATED
-
-__device__ inline unsigned shared_address(const void* pointer) { return unsigned(__cvta_generic_to_shared(pointer)); }
 
 // sums += A B
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -40,25 +37,13 @@ __device__ inline void load_transposed(unsigned (&r)[4], const real* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
 }
 
-// 16 bytes to shared memory, zeros where the source is not `there`.
-__device__ inline void copy_async(real* to, const real* from, bool there) {
-    const int size = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size) : "memory");
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Returns when all but the last `n` groups of this thread's copies are done.
-template <int n>
-__device__ inline void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-}
-
-// 2^x; 0 for -inf
-__device__ inline float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+// Two warps that call it with the same number, 0 to 3, go on when both have. Numbers in the code, as a block would take all
+// barriers of the hardware for one in a register.
+__device__ inline void pair_barrier(int number) {
+    if (number == 0) asm volatile("barrier.cta.sync 1, 64;" ::: "memory");
+    else if (number == 1) asm volatile("barrier.cta.sync 2, 64;" ::: "memory");
+    else if (number == 2) asm volatile("barrier.cta.sync 3, 64;" ::: "memory");
+    else asm volatile("barrier.cta.sync 4, 64;" ::: "memory");
 }
 
 #else
@@ -98,13 +83,6 @@ inline void load_transposed(unsigned (&r)[4], const real* row) {
     }
 }
 
-inline void copy_async(real* to, const real* from, bool there) {
-    for (int i = 0; i < 8; ++i) to[i] = there ? from[i] : to_real(0);
-}
-
-inline void commit_copies() {}
-template <int n>
-inline void wait_copies() {}
-inline float fast_exp2(float x) { return exp2f(x); }
+inline void pair_barrier(int) { __syncthreads(); }  // more than it is: all warps call it as often
 
 #endif

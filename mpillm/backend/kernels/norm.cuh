@@ -1,5 +1,5 @@
 // LayerNorm (CENTRED) and RMSNorm over rows of (rows, width), forward and backward, with a residual in the same pass.
-// Fast form: a row lies in the registers of WARPS warps, PACKS packs a lane; 8 / WARPS rows in a block. Else (PACKS = 0) the
+// Fast form: a row is done by WARPS warps, PACKS packs a lane; 8 / WARPS rows in a block at a time. Else (PACKS = 0) the
 // general one: a warp a row, one element at a time.
 #pragma once
 
@@ -30,28 +30,66 @@ __device__ inline Two row_sums(Two x, Two* scratch) {
 // Where a lane's pack number i of its row begins.
 __device__ inline int column_of(int i) { return ((i * WARPS + warp() % WARPS) * 32 + lane()) * PACK; }
 
+constexpr int STAGES = PACKS <= 4 ? 2 : 1;  // rows of a warp in shared memory: one, and the next, which is on its way
+
+// This lane's packs of its rows of some arrays, in shared memory. It copies and reads them itself, so nobody waits.
+struct Slots {
+    Pack* front;
+    int arrays;
+
+    __device__ Slots(unsigned char* memory, int arrays) : front(reinterpret_cast<Pack*>(memory) + thread()), arrays(arrays) {}
+    __device__ Pack& at(int stage, int array, int i) const { return front[((stage * arrays + array) * PACKS + i) * 32 * BLOCK_WARPS]; }
+
+    __device__ void copy(int stage, int array, const real* x, long long row, long long rows, long long width) const {
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i)
+            if (row < rows && column_of(i) < width) copy_async(&at(stage, array, i), x + row * width + column_of(i), true);
+    }
+};
+
+// The rows of this warp, one after the other: copies of the next one run while `work` (row, stage) does one.
+template <class Start, class Work>
+__device__ inline void for_rows(long long rows, Start start, Work work) {
+    const long long first = (long long)blockIdx.x * GROUPS + warp() / WARPS, step = (long long)gridDim.x * GROUPS;
+    int stage = 0;
+    start(first, 0);
+    commit_copies();
+    for (long long row = first; row - warp() / WARPS < rows; row += step) {
+        if (STAGES == 2) start(row + step, stage ^ 1);
+        commit_copies();
+        wait_copies<1>();
+        if (STAGES == 1) wait_copies<0>();
+        work(row, stage);
+        if (STAGES == 1) start(row + step, 0);
+        if (STAGES == 1) commit_copies();
+        stage ^= STAGES - 1;
+    }
+    wait_copies<0>();
+}
+
 extern "C" __global__ void __launch_bounds__(256) forward(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight,
                                                           const real* bias, double eps, long long rows, long long width) {
     __shared__ Two scratch[BLOCK_WARPS];
-    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
-        const long long row = base + warp() / WARPS, start = row * width;
+    DYNAMIC_SHARED(memory);
+    const Slots slots(memory, residual ? 2 : 1);
+    auto start = [&](long long row, int stage) {
+        slots.copy(stage, 0, x, row, rows, width);
+        if (residual) slots.copy(stage, 1, residual, row, rows, width);
+    };
+    for_rows(rows, start, [&](long long row, int stage) {
         const bool there = row < rows;
         Pack packs[PACKS];
         wide sum = 0, squares = 0;
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of(i);
-            if (there && column < width) packs[i] = load_pack(x + start + column);
-        }
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
             if (!there || column >= width) continue;
+            packs[i] = slots.at(stage, 0, i);
             if (residual) {
-                const Pack other = load_pack(residual + start + column);
+                const Pack other = slots.at(stage, 1, i);
 #pragma unroll
                 for (int j = 0; j < PACK; ++j) packs[i].at[j] = to_real(to_wide(packs[i].at[j]) + to_wide(other.at[j]));
-                store_pack(x + start + column, packs[i]);
+                store_pack(x + row * width + column, packs[i]);
             }
 #pragma unroll
             for (int j = 0; j < PACK; ++j) {
@@ -88,47 +126,44 @@ extern "C" __global__ void __launch_bounds__(256) forward(real* y, wide* mean, w
                 if (CENTRED) value += to_wide(b.at[j]);
                 result.at[j] = to_real(value);
             }
-            store_pack(y + start + column, result);
+            store_pack(y + row * width + column, result);
         }
         if (there && warp() % WARPS == 0 && lane() == 0) {
             rstd[row] = scale;
             if (CENTRED) mean[row] = centre;
         }
-    }
+    });
 }
 
 // dx, and in parts (gridDim.x, CENTRED + 1, width) the sums over this block's rows for dweight and dbias.
-extern "C" __global__ void __launch_bounds__(256) backward(real* dx, wide* parts, const real* dy, const real* x, const real* residual,
-                                                           const real* weight, const wide* mean, const wide* rstd, long long rows,
-                                                           long long width) {
+extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 3 : PACKS == 4 ? 2 : 1)
+    backward(real* dx, wide* parts, const real* dy, const real* x, const real* residual, const real* weight, const wide* mean, const wide* rstd,
+             long long rows, long long width) {
     __shared__ Two scratch[BLOCK_WARPS];
-    DYNAMIC_SHARED(memory);  // (GROUPS, width) wide
+    DYNAMIC_SHARED(memory);
+    const Slots slots(memory, residual ? 3 : 2);
     wide dweight[PACKS][PACK], dbias[PACKS][PACK];
 #pragma unroll
     for (int i = 0; i < PACKS; ++i)
 #pragma unroll
         for (int j = 0; j < PACK; ++j) dweight[i][j] = dbias[i][j] = 0;
-    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
-        const long long row = base + warp() / WARPS, start = row * width;
+    auto start = [&](long long row, int stage) {
+        slots.copy(stage, 0, dy, row, rows, width);
+        slots.copy(stage, 1, x, row, rows, width);
+        if (residual) slots.copy(stage, 2, residual, row, rows, width);
+    };
+    for_rows(rows, start, [&](long long row, int stage) {
         const bool there = row < rows;
         const wide scale = there ? rstd[row] : wide(0), centre = CENTRED && there ? mean[row] : wide(0);
-        Pack slopes[PACKS], values[PACKS];
         Two own = {0, 0};
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of(i);
             if (!there || column >= width) continue;
-            slopes[i] = load_pack(dy + start + column);
-            values[i] = load_pack(x + start + column);
-        }
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (!there || column >= width) continue;
-            const Pack w = load_pack(weight + column);
+            const Pack w = load_pack(weight + column), slopes = slots.at(stage, 0, i), values = slots.at(stage, 1, i);
 #pragma unroll
             for (int j = 0; j < PACK; ++j) {
-                const wide slope = to_wide(slopes[i].at[j]), normed = (to_wide(values[i].at[j]) - centre) * scale;
+                const wide slope = to_wide(slopes.at[j]), normed = (to_wide(values.at[j]) - centre) * scale;
                 dweight[i][j] += slope * normed;
                 if (CENTRED) dbias[i][j] += slope;
                 const wide dnormed = slope * to_wide(w.at[j]);
@@ -142,19 +177,19 @@ extern "C" __global__ void __launch_bounds__(256) backward(real* dx, wide* parts
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of(i);
             if (!there || column >= width) continue;
-            const Pack w = load_pack(weight + column);
+            const Pack w = load_pack(weight + column), slopes = slots.at(stage, 0, i), values = slots.at(stage, 1, i);
             Pack other, result;
-            if (residual) other = load_pack(residual + start + column);
+            if (residual) other = slots.at(stage, 2, i);
 #pragma unroll
             for (int j = 0; j < PACK; ++j) {
-                const wide normed = (to_wide(values[i].at[j]) - centre) * scale;
-                wide value = scale * (to_wide(slopes[i].at[j]) * to_wide(w.at[j]) - offset - normed * tilt);
+                const wide normed = (to_wide(values.at[j]) - centre) * scale;
+                wide value = scale * (to_wide(slopes.at[j]) * to_wide(w.at[j]) - offset - normed * tilt);
                 if (residual) value += to_wide(other.at[j]);
                 result.at[j] = to_real(value);
             }
-            store_pack(dx + start + column, result);
+            store_pack(dx + row * width + column, result);
         }
-    }
+    });
     wide* sums = reinterpret_cast<wide*>(memory);
 #pragma unroll
     for (int which = 0; which <= CENTRED; ++which) {

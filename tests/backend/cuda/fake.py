@@ -84,6 +84,7 @@ class FakeDevice(Device):
     def __init__(self, multiprocessors=3, arch="80"):
         self.cupy, self.index = import_cupy(), 0
         self.name, self.arch, self.multiprocessors, self.address = "emulator", arch, multiprocessors, "none"
+        self.shared_memory = 227 << 10
         self.pool, self.stream, self.copies, self.recording = Pool(), Stream(), Stream(), None
         self.runtime = None
         self._start()

@@ -12,11 +12,14 @@ CASES = {   # B, T, S, H, K, D, causal
     "few keys": (1, 9, 4, 2, 1, 8, True),
     "block of keys": (1, 6, 11, 4, 2, 64, False),
     "decode": (2, 1, 70, 4, 2, 64, True),
+    "decode, many keys": (1, 3, 1000, 2, 1, 32, True),
+    "decode, fewer keys than queries": (1, 5, 3, 2, 2, 16, True),
     "tile": (1, 65, 65, 2, 1, 64, True),
     "whole tile": (1, 64, 64, 1, 1, 128, True),
     "more keys": (1, 33, 130, 2, 2, 64, True),
     "all keys": (1, 70, 66, 1, 1, 128, False),
     "two tiles": (1, 130, 130, 1, 1, 64, True),
+    "grouped tiles": (2, 150, 150, 4, 2, 128, True),
 }
 
 
@@ -70,6 +73,19 @@ def test_dropout(cuda, name, case):
     found, expected = run(cuda, name, case, mask)
     for each, other in zip(found, expected):
         same(cuda, each, other, 2 * TOLERANCES[name])
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_scores_that_grow(cuda, name, width):
+    """Maxima that grow by much and by little from tile to tile: sums are scaled anew, or are not."""
+    t, dtype = 200, DTYPES[name]
+    growing = np.concatenate([np.full(64, 0.1), np.full(64, 2.0), np.full(64, 2.5), np.full(8, 20.0)])[:, None, None]
+    q, k, v = (random(i, 1, t, 1, width, dtype=dtype) for i in range(3))
+    k = (k.astype(np.float64) * growing).astype(dtype)
+    found, lse = cuda.attention(*on(cuda, q, k, v), 0.3)
+    expected, expected_lse = REFERENCE.attention(*exact(q, k, v), 0.3)
+    same(cuda, found, expected, TOLERANCES[name])
+    same(cuda, lse, expected_lse, TOLERANCES[name])
 
 
 @pytest.mark.parametrize("width", [20, 64])

@@ -13,14 +13,15 @@ from mpillm.config import UserError
 
 TYPES = {"half": ["bfloat16", "float16"], "": ["bfloat16", "float16", "float32", "float64"]}
 ARCHITECTURES = {"bfloat16": ["80", "90a", "100", "120"]}      # others: the first two
-SPILLS = {     # (file, kernel): why it may keep something in local memory
-    ("attention", "forward"): "up to 64 bytes at a head width of 128: with half the rows a warp and none it ran at 190 TFLOP/s on an H200, so at 228",
-    ("attention_backward", "backward_keys"): "up to 56 bytes on sm_100 and sm_120 at a head width of 64, none on sm_80 and sm_90",
-    ("attention_plain", "forward"): "up to 16 bytes; the kernel waits for memory",
-    ("attention_plain", "backward_queries"): "up to 24 bytes; the kernel waits for memory",
-    ("attention_plain", "backward_keys"): "up to 24 bytes; the kernel waits for memory",
-    ("layer_norm", "backward"): "rows beyond 8,192 16-bit numbers: 128 sums a thread, rather than a second pass over memory",
-    ("swiglu", "swiglu"): "16 bytes in float32 on sm_80: six 64-bit sizes beside three packs",
+SPILLS = {     # (file, kernel): how many bytes it may store to local memory, and why
+    ("attention", "forward"): (4, "255 registers at a head width of 128"),
+    ("attention_backward", "backward_keys"): (68, "128 registers at a head width of 64, so that two blocks share a multiprocessor; 255 at 128"),
+    ("attention_backward", "backward_queries"): (8, "255 registers at a head width of 128"),
+    ("attention_plain", "forward"): (16, "the kernel waits for memory"),
+    ("attention_plain", "backward_queries"): (24, "the kernel waits for memory"),
+    ("attention_plain", "backward_keys"): (24, "the kernel waits for memory"),
+    ("layer_norm", "backward"): (12, "80 registers, so that three blocks share a multiprocessor"),
+    ("swiglu", "swiglu"): (16, "float32 on sm_80: six 64-bit sizes beside three packs"),
 }
 SIGNATURE = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 POINTER = re.compile(r"(const )?\w+( \w+)*( const)? ?\*+ ?((const|__restrict__) )*\w+")
@@ -68,13 +69,13 @@ def cases_of(path):
 
 
 def local_memory(log):
-    """Kernels that have a stack frame or spills, of what ptxas says: (name, line) pairs."""
+    """Kernels that have a stack frame or spills, of what ptxas says: (name, line, bytes stored)."""
     name, found = "", []
     for line in log.splitlines():
         if FUNCTION.search(line):
             name = FUNCTION.search(line)[1]
         elif USE.search(line) and any(map(int, USE.search(line).groups())):
-            found.append((name, USE.search(line)[0]))
+            found.append((name, USE.search(line)[0], int(USE.search(line)[2])))
     return found
 
 
@@ -87,8 +88,8 @@ def test_compiles_without_spills(path):
         except CompileError as error:
             pytest.fail(str(error)[:3000])
         assert cubin[:4] == b"\x7fELF" and "spill stores" in log
-        faults += [f"{dtype} sm_{arch} {defines} {kernel}: {use}" for kernel, use in local_memory(log)
-                   if (path.stem, kernel) not in SPILLS]
+        faults += [f"{dtype} sm_{arch} {defines} {kernel}: {use}" for kernel, use, stored in local_memory(log)
+                   if stored > SPILLS.get((path.stem, kernel), (-1,))[0]]
     assert not faults, "\n".join(faults)
 
 
