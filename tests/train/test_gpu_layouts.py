@@ -78,3 +78,18 @@ def test_optimizer_state_on_the_host_gives_the_same(group):
     np.testing.assert_allclose(one.losses, two.losses, rtol=1e-6)
     for name, (_, array) in one.weights.items():
         np.testing.assert_allclose(array, two.weights[name][1], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_verify(group, monkeypatch):
+    """What `mpillm verify JOB run.device=gpu` does: device ranks against one of them."""
+    if group.size == 1:
+        pytest.skip("one rank has no layout")
+    from mpillm.run import verify
+    from test_transport import fake_ops
+    monkeypatch.setattr(verify, "open_device", lambda *arguments: fake_ops())
+    for layout in LAYOUTS[group.size]:
+        job = job_of("llama", model=MODEL | {"mlp_width": 15, "vocabulary": 37}, mesh={"dp": 1, "zero": 0} | layout, train={"batch": 7, "micro_batch": 2},
+                     communication={"transport": "staged"})
+        report = verify.compare(verify.in_float64(job), group)
+        assert not report.wrong, (layout, report.wrong)
+        assert len(report.rows) > 10

@@ -15,7 +15,7 @@ ROWS = 128              # of a block of attention_tiles.cuh; queries, or keys fo
 THREADS, KEY_THREADS = 128, 256
 SHARED = {      # bytes of shared memory of a block, for heads of D
     "forward": lambda d: 2 * d * (ROWS + 2 * 64),
-    "backward_keys": lambda d: 2 * d * (2 * ROWS + 4 * 64) + 4 * 2 * 32 * 64 + 16 * 64,
+    "backward_keys": lambda d: 2 * d * (2 * ROWS + 4 * 64) + 256 * d + 16 * 64,
     "backward_queries": lambda d: 2 * d * (2 * ROWS + 4 * (64 if d == 64 else 32)),
 }
 FEWEST = 16             # queries for which a tile is worth while; fewer divide their keys, FEWEST_KEYS or more a block, among blocks
@@ -40,11 +40,11 @@ def is_tiled(device, kernel, views, dropout):
 
 
 def packs_of_row(views):
-    """Packs of a head's row, where attention_decode.cu can do these views: a power of two up to 32; else 0."""
+    """Packs of a head's row, where attention_decode.cu can do these views: 4, 8, 16 or 32; else 0."""
     q = views[0]
     packs, rest = divmod(q.shape[3] * q.itemsize, 16)
     aligned = all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views)
-    return packs if aligned and not rest and packs in (1, 2, 4, 8, 16, 32) else 0
+    return packs if aligned and not rest and packs in (4, 8, 16, 32) else 0
 
 
 class AttentionOps:
@@ -70,13 +70,15 @@ class AttentionOps:
         return out, lse
 
     def _decode(self, q, k, v, out, lse, where, scale):
-        (b, t, h, d), keys = q.shape, k.shape[1]
-        blocks = max(1, min(-(-DECODE_WAVES * self.device.multiprocessors // (b * h * t)), keys // FEWEST_KEYS))
-        chunk = -(-keys // blocks)
+        (b, t, h, d), (_, keys, kv, _) = q.shape, k.shape
+        heads = 1 if h // kv % 4 else 4     # that share their keys
+        blocks = max(1, min(DECODE_WAVES * self.device.multiprocessors * heads // (b * h * t), keys // FEWEST_KEYS))
         parts, stats = self.device.empty((b * h * t, blocks, d), lse.dtype), self.device.empty((b * h * t, blocks, 2), lse.dtype)
-        self.device.launch("attention_decode", "part", q.dtype, (b * h * t, blocks), 32 * PLAIN_WARPS,
-                           (q, k, v, parts, stats, where, scale, chunk, packs_of_row((q, k, v))))
-        self.device.launch("attention_decode", "join", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS, (parts, stats, out, lse, where, blocks))
+        form = {"LANES": packs_of_row((q, k, v)), "HEADS": heads}
+        self.device.launch("attention_decode", "part", q.dtype, (b * h * t // heads, blocks), 32 * PLAIN_WARPS,
+                           (q, k, v, parts, stats, where, scale, -(-keys // blocks)), **form)
+        self.device.launch("attention_decode", "join", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
+                           (parts, stats, out, lse, where, blocks), **form)
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
         (b, t, h, d), (_, s, kv, _) = q.shape, k.shape

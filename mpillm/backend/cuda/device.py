@@ -14,7 +14,7 @@ from mpillm.backend.arena import Arena
 from mpillm.config import UserError
 
 LARGEST_CONSTANT, NUM_CONSTANTS = 1 << 26, 256      # bytes; arrays remembered by content
-SHARED_LIMIT = 48 << 10                             # bytes of dynamic shared memory a kernel may use unasked
+SHARED_LIMIT = 40 << 10                             # bytes of dynamic shared memory a kernel may use unasked: of 48 K, some are static
 
 
 def import_cupy():

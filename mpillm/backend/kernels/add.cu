@@ -1,16 +1,21 @@
 // Sums of arrays: y += x, y += bias by rows, and the column sums of a gradient, which are the gradient of a bias.
 #include "common.cuh"
 
-// y (n) += x (n); two packs in flight a thread.
+__device__ inline Pack sum_of(const Pack& a, const Pack& b) {
+    wide x[PACK], y[PACK];
+    widen_pack(x, a);
+    widen_pack(y, b);
+#pragma unroll
+    for (int j = 0; j < PACK; ++j) x[j] += y[j];
+    return round_pack(x);
+}
+
+// y (n) += x (n)
 extern "C" __global__ void __launch_bounds__(256) add(real* y, const real* x, long long n) {
     const long long packs = is_aligned(y) && is_aligned(x) ? n / PACK : 0;
     const long long step = (long long)gridDim.x * blockDim.x, first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     for (long long i = first; i < packs; i += step) {
-        Pack a = load_pack(y + i * PACK);
-        const Pack b = load_pack(x + i * PACK);
-#pragma unroll
-        for (int j = 0; j < PACK; ++j) a.at[j] = to_real(to_wide(a.at[j]) + to_wide(b.at[j]));
-        store_pack(y + i * PACK, a);
+        store_pack(y + i * PACK, sum_of(load_pack(y + i * PACK), load_pack(x + i * PACK)));
     }
     for (long long i = packs * PACK + first; i < n; i += step) y[i] = to_real(to_wide(y[i]) + to_wide(x[i]));
 }
@@ -24,15 +29,18 @@ extern "C" __global__ void __launch_bounds__(256) add_bias(real* y, long long st
         const long long row = i / across, column = (i - row * across) * unit;
         real* at = y + row * stride + column;
         if (packed) {
-            Pack a = load_pack(at);
-            const Pack b = load_pack(bias + column);
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) a.at[j] = to_real(to_wide(a.at[j]) + to_wide(b.at[j]));
-            store_pack(at, a);
+            store_pack(at, sum_of(load_pack(at), load_pack(bias + column)));
         } else {
             *at = to_real(to_wide(*at) + to_wide(bias[column]));
         }
     }
+}
+
+__device__ inline void add_pack(wide (&sums)[PACK], const Pack& pack) {
+    wide x[PACK];
+    widen_pack(x, pack);
+#pragma unroll
+    for (int j = 0; j < PACK; ++j) sums[j] += x[j];
 }
 
 // parts (gridDim.y, width) = column sums of dy (rows, width) over the rows that a block row takes: block.x = 32 lanes of a
@@ -53,16 +61,12 @@ extern "C" __global__ void __launch_bounds__(256) sum_rows(const real* dy, long 
 #pragma unroll
             for (int i = 0; i < 4; ++i) packs[i] = load_pack(dy + (row + i * step) * stride + column);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < PACK; ++j) own[j] += to_wide(packs[i].at[j]);
+            for (int i = 0; i < 4; ++i) add_pack(own, packs[i]);
         }
         for (; row < rows; row += step) {
             const real* from = dy + row * stride + column;
             if (whole) {
-                const Pack pack = load_pack(from);
-#pragma unroll
-                for (int j = 0; j < PACK; ++j) own[j] += to_wide(pack.at[j]);
+                add_pack(own, load_pack(from));
             } else {
 #pragma unroll
                 for (int j = 0; j < PACK; ++j)

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(256) row_sums(float* delta, const r
 // ---- gradients of keys and values ---------------------------------------------------------------------------------------
 
 constexpr int KEY_THREADS = 64 * ROW_WARPS, QUERIES = 64;  // of a block; of a tile
-constexpr int KEY_PARTS = 4, KEY_PART = 8 * KEY_PARTS;       // columns at a time
+constexpr int KEY_PARTS = D == 64 ? 4 : 8, KEY_PART = 8 * KEY_PARTS;  // columns at a time
 constexpr int EXCHANGE = 2 * TILES * KEY_PARTS / 2 * 32 * 8;   // numbers between the warps of a pair, of two turns
 
 // What the two warps of a pair do: one makes the probabilities and dv, the other ds (its factor) and dk. The probabilities go

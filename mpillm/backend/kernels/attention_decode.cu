@@ -1,87 +1,119 @@
-// Attention of few queries over many keys, as in generation with a cache: the keys of a query are divided among blocks, whose
-// results are joined by a second kernel (as in Flash-Decoding, Dao et al. 2023). Head widths that 1 to 32 packs hold, a power
-// of two; `lanes` packs a row, so that a warp reads 32 / lanes keys at a time.
+// Attention of few queries over many keys, as in generation with a cache: the keys are divided among blocks, whose results are
+// joined by a second kernel (as in Flash-Decoding, Dao et al. 2023). A row of a head is LANES packs, so that a warp reads
+// 32 / LANES keys at a time, for HEADS query heads that share them.
+// variants: LANES=4,8,16,32 HEADS=1,4
 #include "attention.cuh"
 
-constexpr int WARPS = 4, AT_ONCE = 4;  // keys of a lane whose packs are on their way together
+constexpr int WARPS = 4, AT_ONCE = 4;                         // keys of a lane whose packs are on their way together
+constexpr int KEYS = 32 / LANES, STEP = WARPS * KEYS;  // of a warp, of a block
+constexpr double LOG2_E = 1.4426950408889634;
 
-// A part of a softmax over keys: sums of values weighted by exp(score - top), and of these weights.
+__device__ inline float power_of_2(float x) { return fast_exp2(x); }
+__device__ inline double power_of_2(double x) { return exp2(x); }
+
+// A part of a softmax over keys: sums of values weighted by 2^(score - top), and of these weights.
 struct Part {
     wide top, total, sums[PACK];
 
     __device__ void scale_to(wide new_top) {
-        const wide shrink = top == -INFINITY ? wide(0) : exp_of(top - new_top);
+        const wide shrink = top == -INFINITY ? wide(0) : power_of_2(top - new_top);
         top = new_top;
         total *= shrink;
 #pragma unroll
         for (int j = 0; j < PACK; ++j) sums[j] *= shrink;
     }
 
-    __device__ void add(const Part& other) {
+    __device__ void add(Part other) {
         if (other.top == -INFINITY) return;
-        Part joined = other;
         const wide highest = other.top > top ? other.top : top;
         scale_to(highest);
-        joined.scale_to(highest);
-        total += joined.total;
+        other.scale_to(highest);
+        total += other.total;
 #pragma unroll
-        for (int j = 0; j < PACK; ++j) sums[j] += joined.sums[j];
+        for (int j = 0; j < PACK; ++j) sums[j] += other.sums[j];
     }
 };
 
-// parts (rows, blocks, width) and stats (rows, blocks, 2) of the keys blockIdx.y * chunk .. + chunk - 1; a row (blockIdx.x) is a
-// query of a head of a sequence.
+// parts (rows, blocks, width) and stats (rows, blocks, 2) of the keys blockIdx.y * chunk .. + chunk - 1; a row is a query of a
+// head of a sequence. blockIdx.x: query, the fastest, then HEADS heads, then sequence.
 extern "C" __global__ void __launch_bounds__(128) part(const real* q, const real* k, const real* v, wide* parts, wide* stats,
-                                                       const Layout* where, double scale, long long chunk, long long lanes) {
-    __shared__ __align__(16) unsigned char memory[WARPS * 32 * sizeof(Part)];
-    Part* of_warps = reinterpret_cast<Part*>(memory);
+                                                       const Layout* where, double scale, long long chunk) {
+    __shared__ __align__(16) unsigned char memory[32 * WARPS * sizeof(Part)];
+    Part* of_threads = reinterpret_cast<Part*>(memory);
     const Layout& at = *where;
-    const int row = blockIdx.x, query = row % int(at.queries), head = row / int(at.queries) % int(at.heads);
-    const int batch = row / int(at.queries * at.heads), kv_head = head / int(at.group());
-    const int keys_of_warp = 32 / int(lanes), column = lane() % int(lanes) * PACK, step = WARPS * keys_of_warp;
+    const int queries = int(at.queries), heads = int(at.heads), query = int(blockIdx.x) % queries;
+    const int head = int(blockIdx.x) / queries * HEADS % heads, batch = int(blockIdx.x) / queries * HEADS / heads, kv_head = head / int(at.group());
+    const int column = lane() % LANES * PACK;
     const long long begin = blockIdx.y * chunk, seen = at.seen(query), end = begin + chunk < seen ? begin + chunk : seen;
     const real *keys = row_of(k, at.k, batch, 0, kv_head) + column, *values = row_of(v, at.v, batch, 0, kv_head) + column;
-    const Pack mine = load_pack(row_of(q, at.q, batch, query, head) + column);
-    Part own = {-INFINITY, 0, {}};
-    for (long long base = begin; base < end; base += step * AT_ONCE) {  // as often in all lanes of a warp
-        const long long first = base + warp() * keys_of_warp + lane() / int(lanes);
+    const wide factor = wide(scale * LOG2_E);
+    wide mine[HEADS][PACK];
+    Part own[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        widen_pack(mine[h], load_pack(row_of(q, at.q, batch, query, head + h) + column));
+        own[h].top = -INFINITY, own[h].total = 0;
+#pragma unroll
+        for (int j = 0; j < PACK; ++j) own[h].sums[j] = 0, mine[h][j] *= factor;
+    }
+    for (long long base = begin; base < end; base += STEP * AT_ONCE) {  // as often in all lanes of a warp
+        const long long first = base + warp() * KEYS + lane() / LANES;
         Pack key_packs[AT_ONCE], value_packs[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            if (first + i * step < end) {
-                key_packs[i] = load_pack(keys + (first + i * step) * at.k.token);
-                value_packs[i] = load_pack(values + (first + i * step) * at.v.token);
-            }
-        wide scores[AT_ONCE], top = own.top;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const bool there = first + i * step < end;
-            wide score = 0;
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) score += there ? to_wide(mine.at[j]) * to_wide(key_packs[i].at[j]) : wide(0);
-            for (int other = 1; other < lanes; other *= 2) score += __shfl_xor_sync(0xFFFFFFFFu, score, other);
-            scores[i] = there ? score * wide(scale) : wide(-INFINITY);
-            top = scores[i] > top ? scores[i] : top;
+        for (int i = 0; i < AT_ONCE; ++i) {  // beyond the last key that one again, without weight
+            const long long key = first + i * STEP < end ? first + i * STEP : end - 1;
+            key_packs[i] = load_pack(keys + key * at.k.token);
+            value_packs[i] = load_pack(values + key * at.v.token);
         }
-        if (top == -INFINITY) continue;
-        own.scale_to(top);
+        wide scores[HEADS][AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            if (scores[i] == -INFINITY) continue;
-            const wide weight = exp_of(scores[i] - top);
-            own.total += weight;
+            wide key[PACK];
+            widen_pack(key, key_packs[i]);
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) own.sums[j] += weight * to_wide(value_packs[i].at[j]);
+            for (int h = 0; h < HEADS; ++h) {
+                scores[h][i] = 0;
+#pragma unroll
+                for (int j = 0; j < PACK; ++j) scores[h][i] += mine[h][j] * key[j];
+#pragma unroll
+                for (int other = 1; other < LANES; other *= 2) scores[h][i] += __shfl_xor_sync(0xFFFFFFFFu, scores[h][i], other);
+                if (first + i * STEP >= end) scores[h][i] = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+            wide top = own[h].top;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) top = scores[h][i] > top ? scores[h][i] : top;
+            if (top != -INFINITY && top != own[h].top) own[h].scale_to(top);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                scores[h][i] = top == -INFINITY ? wide(0) : power_of_2(scores[h][i] - top);
+                own[h].total += scores[h][i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            wide value[PACK];
+            widen_pack(value, value_packs[i]);
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+                for (int j = 0; j < PACK; ++j) own[h].sums[j] += scores[h][i] * value[j];
         }
     }
-    of_warps[thread()] = own;
-    __syncthreads();
-    if (thread() >= lanes) return;
-    for (int i = thread() + int(lanes); i < 32 * WARPS; i += int(lanes)) own.add(of_warps[i]);
-    const long long place = (long long)row * gridDim.y + blockIdx.y;
 #pragma unroll
-    for (int j = 0; j < PACK; ++j) parts[place * at.width + column + j] = own.sums[j];
-    if (thread() == 0) stats[2 * place] = own.top, stats[2 * place + 1] = own.total;
+    for (int h = 0; h < HEADS; ++h) {
+        __syncthreads();
+        of_threads[thread()] = own[h];
+        __syncthreads();
+        if (thread() >= LANES) continue;
+        for (int i = thread() + LANES; i < 32 * WARPS; i += LANES) own[h].add(of_threads[i]);
+        const long long row = ((long long)batch * heads + head + h) * queries + query, place = row * gridDim.y + blockIdx.y;
+#pragma unroll
+        for (int j = 0; j < PACK; ++j) parts[place * at.width + column + j] = own[h].sums[j];
+        if (thread() == 0) stats[2 * place] = own[h].top, stats[2 * place + 1] = own[h].total;
+    }
 }
 
 // out and lse of the rows, a warp each, from their parts.
@@ -94,13 +126,13 @@ extern "C" __global__ void __launch_bounds__(128) join(const wide* parts, const 
     const wide* own = stats + 2 * row * count;
     wide top = -INFINITY, total = 0;
     for (long long i = 0; i < count; ++i) top = own[2 * i] > top ? own[2 * i] : top;
-    for (long long i = 0; i < count; ++i) total += own[2 * i + 1] > 0 ? own[2 * i + 1] * exp_of(own[2 * i] - top) : wide(0);
+    for (long long i = 0; i < count; ++i) total += own[2 * i + 1] > 0 ? own[2 * i + 1] * power_of_2(own[2 * i] - top) : wide(0);
     real* to = row_of(out, at.out, batch, query, head);
     for (long long c = lane(); c < at.width; c += 32) {
         wide sum = 0;
         for (long long i = 0; i < count; ++i)
-            if (own[2 * i + 1] > 0) sum += parts[(row * count + i) * at.width + c] * exp_of(own[2 * i] - top);
+            if (own[2 * i + 1] > 0) sum += parts[(row * count + i) * at.width + c] * power_of_2(own[2 * i] - top);
         to[c] = to_real(total > 0 ? sum / total : wide(0));
     }
-    if (lane() == 0) lse[row] = total > 0 ? top + log_of(total) : wide(-INFINITY);
+    if (lane() == 0) lse[row] = total > 0 ? top / wide(LOG2_E) + log_of(total) : wide(-INFINITY);
 }

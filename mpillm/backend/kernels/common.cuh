@@ -160,6 +160,35 @@ template <int n>
 inline void wait_copies() {}
 #endif
 
+// The numbers of a pack, wide. Of bfloat16, one operation each, where the compiler takes each number out of its word first.
+__device__ inline void widen_pack(wide (&x)[PACK], const Pack& pack) {
+#if REAL == 3 && !defined(EMULATED)
+    const int4 bits = bits_of(pack);
+    const int words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = __int_as_float(words[i] << 16), x[2 * i + 1] = __int_as_float(words[i] & 0xFFFF0000);
+#else
+#pragma unroll
+    for (int j = 0; j < PACK; ++j) x[j] = to_wide(pack.at[j]);
+#endif
+}
+
+// The pack of these numbers, rounded: two in one operation.
+__device__ inline Pack round_pack(const wide (&x)[PACK]) {
+    Pack pack;
+#if REAL == 3 && !defined(EMULATED)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        memcpy(&pack.at[2 * i], &two, 4);
+    }
+#else
+#pragma unroll
+    for (int j = 0; j < PACK; ++j) pack.at[j] = to_real(x[j]);
+#endif
+    return pack;
+}
+
 // -- warps and blocks (of one dimension; block sizes are multiples of 32) -----------------------------------------------
 
 __device__ inline int thread() { return int(threadIdx.x); }

@@ -49,8 +49,7 @@ __device__ Softmax row_softmax(const Row& row, Pack* held_packs, int held) {
     Softmax own = {lowest, 0};
     auto take = [&](const Pack& pack) {
         wide x[PACK];
-#pragma unroll
-        for (int j = 0; j < PACK; ++j) x[j] = to_wide(pack.at[j]);
+        widen_pack(x, pack);
         own.take(x);
     };
     const int stride = int(blockDim.x), front = min(held, row.packs), part = (front + 4 * stride - 1) / (4 * stride) * stride;
@@ -93,9 +92,11 @@ __device__ void write_row(const Row& row, const Pack* held_packs, int held, wide
         for (int i = 0; i < flight; ++i) {
             const int pack = base + i * int(blockDim.x);
             if (pack >= row.packs) continue;
+            wide numbers[PACK];
+            widen_pack(numbers, x[i]);
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) x[i].at[j] = to_real(natural_exp(to_wide(x[i].at[j]) - shift) * factor);
-            store_pack(row.at + pack * PACK, x[i]);
+            for (int j = 0; j < PACK; ++j) numbers[j] = natural_exp(numbers[j] - shift) * factor;
+            store_pack(row.at + pack * PACK, round_pack(numbers));
         }
     }
     for (int column = row.first_single(); column < row.width; column += blockDim.x)

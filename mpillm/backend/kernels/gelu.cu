@@ -22,19 +22,19 @@ extern "C" __global__ void __launch_bounds__(256) gelu(real* y, real* x, const r
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
         const long long column = bias ? i % across * unit : 0;
         if (packed) {
-            Pack a = load_pack(x + i * PACK), b, result;
-            if (bias) b = load_pack(bias + column);
+            wide a[PACK], b[PACK];
+            widen_pack(a, load_pack(x + i * PACK));
+            if (bias) {
+                widen_pack(b, load_pack(bias + column));
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                wide value = to_wide(a.at[j]);
-                if (bias) {
-                    a.at[j] = to_real(value + to_wide(b.at[j]));
-                    value = to_wide(a.at[j]);
-                }
-                result.at[j] = to_real(gelu_of(value));
+                for (int j = 0; j < PACK; ++j) a[j] += b[j];
+                const Pack sum = round_pack(a);
+                store_pack(x + i * PACK, sum);
+                widen_pack(a, sum);
             }
-            if (bias) store_pack(x + i * PACK, a);
-            store_pack(y + i * PACK, result);
+#pragma unroll
+            for (int j = 0; j < PACK; ++j) a[j] = gelu_of(a[j]);
+            store_pack(y + i * PACK, round_pack(a));
         } else {
             if (bias) x[i] = to_real(to_wide(x[i]) + to_wide(bias[column]));
             y[i] = to_real(gelu_of(to_wide(x[i])));
@@ -46,11 +46,12 @@ extern "C" __global__ void __launch_bounds__(256) gelu_backward(real* dy, const 
     const long long packs = is_aligned(dy) && is_aligned(x) ? n / PACK : 0;
     const long long step = (long long)gridDim.x * blockDim.x, first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     for (long long i = first; i < packs; i += step) {
-        Pack d = load_pack(dy + i * PACK);
-        const Pack a = load_pack(x + i * PACK);
+        wide d[PACK], a[PACK];
+        widen_pack(d, load_pack(dy + i * PACK));
+        widen_pack(a, load_pack(x + i * PACK));
 #pragma unroll
-        for (int j = 0; j < PACK; ++j) d.at[j] = to_real(to_wide(d.at[j]) * slope_of(to_wide(a.at[j])));
-        store_pack(dy + i * PACK, d);
+        for (int j = 0; j < PACK; ++j) d[j] *= slope_of(a[j]);
+        store_pack(dy + i * PACK, round_pack(d));
     }
     for (long long i = packs * PACK + first; i < n; i += step) dy[i] = to_real(to_wide(dy[i]) * slope_of(to_wide(x[i])));
 }

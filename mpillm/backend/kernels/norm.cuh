@@ -1,6 +1,6 @@
 // LayerNorm (CENTRED) and RMSNorm over rows of (rows, width), forward and backward, with a residual in the same pass.
-// Fast form: a row is done by WARPS warps, PACKS packs a lane; 8 / WARPS rows in a block at a time. Else (PACKS = 0) the
-// general one: a warp a row, one element at a time.
+// Fast form: a row lies in the registers of WARPS warps, PACKS packs a lane; a block has 8 warps. Else (PACKS = 0) the general
+// one: a warp a row, one element at a time.
 #pragma once
 
 #include "common.cuh"
@@ -8,198 +8,211 @@
 constexpr int BLOCK_WARPS = 8;
 
 #if PACKS > 0
-constexpr int GROUPS = BLOCK_WARPS / WARPS;  // rows of a block at a time
-
-struct Two {
-    wide first, second;
-};
+constexpr int GROUPS = BLOCK_WARPS / WARPS;  // of warps that share a row
 
 // Sums over the lanes of the warps of a row, in all of them.
-__device__ inline Two row_sums(Two x, Two* scratch) {
-    x = {warp_sum(x.first), warp_sum(x.second)};
-    if (WARPS == 1) return x;
-    if (lane() == 0) scratch[warp()] = x;
+template <int n>
+__device__ inline void row_sums(wide (&x)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = warp_sum(x[i]);
+    if (WARPS == 1) return;
+    __shared__ wide scratch[n][BLOCK_WARPS];
+    if (lane() == 0)
+        for (int i = 0; i < n; ++i) scratch[i][warp()] = x[i];
     __syncthreads();
-    const int begin = warp() / WARPS * WARPS;
-    x = scratch[begin];
-    for (int i = 1; i < WARPS; ++i) x = {x.first + scratch[begin + i].first, x.second + scratch[begin + i].second};
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        x[i] = 0;
+        for (int other = 0; other < WARPS; ++other) x[i] += scratch[i][warp() / WARPS * WARPS + other];
+    }
     __syncthreads();
-    return x;
 }
 
-// Where a lane's pack number i of its row begins.
-__device__ inline int column_of(int i) { return ((i * WARPS + warp() % WARPS) * 32 + lane()) * PACK; }
+// This lane's packs of a row: where pack i begins, and whether it has it; `whole`: rows are as wide as all lanes' packs.
+struct Lane {
+    int first, width;
 
-constexpr int STAGES = PACKS <= 4 ? 2 : 1;  // rows of a warp in shared memory: one, and the next, which is on its way
+    __device__ explicit Lane(long long width) : first((warp() % WARPS * 32 + lane()) * PACK), width(int(width)) {}
+    __device__ int column(int i) const { return first + i * WARPS * 32 * PACK; }
+    template <bool whole>
+    __device__ bool has(int i) const { return whole || column(i) < width; }
 
-// This lane's packs of its rows of some arrays, in shared memory. It copies and reads them itself, so nobody waits.
-struct Slots {
-    Pack* front;
-    int arrays;
-
-    __device__ Slots(unsigned char* memory, int arrays) : front(reinterpret_cast<Pack*>(memory) + thread()), arrays(arrays) {}
-    __device__ Pack& at(int stage, int array, int i) const { return front[((stage * arrays + array) * PACKS + i) * 32 * BLOCK_WARPS]; }
-
-    __device__ void copy(int stage, int array, const real* x, long long row, long long rows, long long width) const {
+    // Zeros where it has none.
+    template <bool whole>
+    __device__ void load(Pack (&packs)[PACKS], const real* row) const {
 #pragma unroll
-        for (int i = 0; i < PACKS; ++i)
-            if (row < rows && column_of(i) < width) copy_async(&at(stage, array, i), x + row * width + column_of(i), true);
+        for (int i = 0; i < PACKS; ++i) {
+            if (has<whole>(i)) packs[i] = load_pack(row + column(i));
+            else packs[i] = {};
+        }
     }
 };
 
-// The rows of this warp, one after the other: copies of the next one run while `work` (row, stage) does one.
-template <class Start, class Work>
-__device__ inline void for_rows(long long rows, Start start, Work work) {
-    const long long first = (long long)blockIdx.x * GROUPS + warp() / WARPS, step = (long long)gridDim.x * GROUPS;
-    int stage = 0;
-    start(first, 0);
-    commit_copies();
-    for (long long row = first; row - warp() / WARPS < rows; row += step) {
-        if (STAGES == 2) start(row + step, stage ^ 1);
-        commit_copies();
-        wait_copies<1>();
-        if (STAGES == 1) wait_copies<0>();
-        work(row, stage);
-        if (STAGES == 1) start(row + step, 0);
-        if (STAGES == 1) commit_copies();
-        stage ^= STAGES - 1;
+__device__ inline bool is_whole(long long width) { return width == PACKS * WARPS * 32 * PACK; }
+
+#if WARPS == 1 || PACKS == 8
+constexpr int AT_ONCE = PACKS <= 4 ? 2 : 1;  // rows of a warp, which share what is loaded of the weights
+
+template <bool whole>
+__device__ inline void forward_rows(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight, const real* bias,
+                                    wide eps, long long rows, long long width) {
+    const Lane own(width);
+    const wide share = wide(1) / wide(width);
+    for (long long base = (long long)blockIdx.x * GROUPS * AT_ONCE; base < rows; base += (long long)gridDim.x * GROUPS * AT_ONCE) {
+        const long long first = base + warp() / WARPS * AT_ONCE;
+        Pack packs[AT_ONCE][PACKS], others[AT_ONCE][PACKS];
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; ++r) {  // beyond the last row that one again, and nothing is stored
+            const long long row = first + r < rows ? first + r : rows - 1;
+            own.load<whole>(packs[r], x + row * width);
+            if (residual) own.load<whole>(others[r], residual + row * width);
+        }
+        wide values[AT_ONCE][PACKS][PACK], centre[AT_ONCE], scale[AT_ONCE];
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; ++r) {
+            centre[r] = 0;
+#pragma unroll
+            for (int i = 0; i < PACKS; ++i) {
+                widen_pack(values[r][i], packs[r][i]);
+                if (residual) {
+                    wide other[PACK];
+                    widen_pack(other, others[r][i]);
+#pragma unroll
+                    for (int j = 0; j < PACK; ++j) values[r][i][j] += other[j];
+                    const Pack rounded = round_pack(values[r][i]);
+                    if (own.has<whole>(i) && first + r < rows) store_pack(x + (first + r) * width + own.column(i), rounded);
+                    widen_pack(values[r][i], rounded);
+                }
+                if (CENTRED)
+#pragma unroll
+                    for (int j = 0; j < PACK; ++j) centre[r] += values[r][i][j];
+            }
+        }
+        if (CENTRED) row_sums(centre);
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; ++r) {
+            centre[r] *= share;
+            scale[r] = 0;
+#pragma unroll
+            for (int i = 0; i < PACKS; ++i)
+                if (own.has<whole>(i))
+#pragma unroll
+                    for (int j = 0; j < PACK; ++j) {
+                        if (CENTRED) values[r][i][j] -= centre[r];
+                        scale[r] += values[r][i][j] * values[r][i][j];
+                    }
+        }
+        row_sums(scale);
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; ++r) {
+            scale[r] = 1 / sqrt(scale[r] * share + eps);
+            if (warp() % WARPS == 0 && lane() == 0 && first + r < rows) {
+                rstd[first + r] = scale[r];
+                if (CENTRED) mean[first + r] = centre[r];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            if (!own.has<whole>(i)) continue;
+            wide w[PACK], b[PACK];
+            widen_pack(w, load_pack(weight + own.column(i)));
+            if (CENTRED) widen_pack(b, load_pack(bias + own.column(i)));
+#pragma unroll
+            for (int r = 0; r < AT_ONCE; ++r) {
+#pragma unroll
+                for (int j = 0; j < PACK; ++j) values[r][i][j] = values[r][i][j] * scale[r] * w[j] + (CENTRED ? b[j] : wide(0));
+                if (first + r < rows) store_pack(y + (first + r) * width + own.column(i), round_pack(values[r][i]));
+            }
+        }
     }
-    wait_copies<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(256) forward(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight,
                                                           const real* bias, double eps, long long rows, long long width) {
-    __shared__ Two scratch[BLOCK_WARPS];
-    DYNAMIC_SHARED(memory);
-    const Slots slots(memory, residual ? 2 : 1);
-    auto start = [&](long long row, int stage) {
-        slots.copy(stage, 0, x, row, rows, width);
-        if (residual) slots.copy(stage, 1, residual, row, rows, width);
-    };
-    for_rows(rows, start, [&](long long row, int stage) {
+    if (is_whole(width)) forward_rows<true>(y, mean, rstd, x, residual, weight, bias, wide(eps), rows, width);
+    else forward_rows<false>(y, mean, rstd, x, residual, weight, bias, wide(eps), rows, width);
+}
+#endif
+
+#if WARPS == 8 || PACKS <= 3
+template <bool whole>
+__device__ inline void backward_rows(wide (&dweight)[PACKS][PACK], wide (&dbias)[PACKS][PACK], real* dx, const real* dy, const real* x,
+                                     const real* residual, const real* weight, const wide* mean, const wide* rstd, long long rows,
+                                     long long width) {
+    const Lane own(width);
+    const wide share = wide(1) / wide(width);
+    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
+        const long long row = base + warp() / WARPS;
         const bool there = row < rows;
-        Pack packs[PACKS];
-        wide sum = 0, squares = 0;
+        Pack slopes[PACKS], values[PACKS], others[PACKS];
+        wide scale = 0, centre = 0, sums[2] = {0, 0};
+        if (there) {
+            own.load<whole>(slopes, dy + row * width);
+            own.load<whole>(values, x + row * width);
+            if (residual) own.load<whole>(others, residual + row * width);
+            scale = rstd[row];
+            if (CENTRED) centre = mean[row];
+        }
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (!there || column >= width) continue;
-            packs[i] = slots.at(stage, 0, i);
+            if (!there || !own.has<whole>(i)) continue;
+            wide w[PACK], slope[PACK], normed[PACK];
+            widen_pack(w, load_pack(weight + own.column(i)));
+            widen_pack(slope, slopes[i]);
+            widen_pack(normed, values[i]);
+#pragma unroll
+            for (int j = 0; j < PACK; ++j) {
+                normed[j] = (normed[j] - centre) * scale;
+                dweight[i][j] += slope[j] * normed[j];
+                if (CENTRED) dbias[i][j] += slope[j];
+                slope[j] *= w[j];
+                if (CENTRED) sums[0] += slope[j];
+                sums[1] += slope[j] * normed[j];
+            }
+        }
+        row_sums(sums);
+        const wide offset = CENTRED ? -sums[0] * share * scale : wide(0), tilt = -sums[1] * share * scale;
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {  // what the sums were made of is made again: there are no registers to keep it
+            if (!there || !own.has<whole>(i)) continue;
+            wide w[PACK], slope[PACK], normed[PACK];
+            widen_pack(w, load_pack(weight + own.column(i)));
+            widen_pack(slope, slopes[i]);
+            widen_pack(normed, values[i]);
+#pragma unroll
+            for (int j = 0; j < PACK; ++j) slope[j] = slope[j] * w[j] * scale + offset + (normed[j] - centre) * scale * tilt;
             if (residual) {
-                const Pack other = slots.at(stage, 1, i);
+                widen_pack(normed, others[i]);
 #pragma unroll
-                for (int j = 0; j < PACK; ++j) packs[i].at[j] = to_real(to_wide(packs[i].at[j]) + to_wide(other.at[j]));
-                store_pack(x + row * width + column, packs[i]);
+                for (int j = 0; j < PACK; ++j) slope[j] += normed[j];
             }
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                const wide value = to_wide(packs[i].at[j]);
-                sum += value;
-                squares += value * value;
-            }
+            store_pack(dx + row * width + own.column(i), round_pack(slope));
         }
-        wide centre = 0, square = 0;
-        if (CENTRED) {
-            centre = row_sums({sum, 0}, scratch).first / width;
-#pragma unroll
-            for (int i = 0; i < PACKS; ++i)
-                if (there && column_of(i) < width)
-#pragma unroll
-                    for (int j = 0; j < PACK; ++j) {
-                        const wide value = to_wide(packs[i].at[j]) - centre;
-                        square += value * value;
-                    }
-        } else {
-            square = squares;
-        }
-        const wide scale = 1 / sqrt(row_sums({square, 0}, scratch).first / width + wide(eps));
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (!there || column >= width) continue;
-            const Pack w = load_pack(weight + column);
-            Pack b, result;
-            if (CENTRED) b = load_pack(bias + column);
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                wide value = (to_wide(packs[i].at[j]) - centre) * scale * to_wide(w.at[j]);
-                if (CENTRED) value += to_wide(b.at[j]);
-                result.at[j] = to_real(value);
-            }
-            store_pack(y + row * width + column, result);
-        }
-        if (there && warp() % WARPS == 0 && lane() == 0) {
-            rstd[row] = scale;
-            if (CENTRED) mean[row] = centre;
-        }
-    });
+    }
 }
 
 // dx, and in parts (gridDim.x, CENTRED + 1, width) the sums over this block's rows for dweight and dbias.
-extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 3 : PACKS == 4 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 2 : 1)
     backward(real* dx, wide* parts, const real* dy, const real* x, const real* residual, const real* weight, const wide* mean, const wide* rstd,
              long long rows, long long width) {
-    __shared__ Two scratch[BLOCK_WARPS];
-    DYNAMIC_SHARED(memory);
-    const Slots slots(memory, residual ? 3 : 2);
+    DYNAMIC_SHARED(memory);  // (GROUPS, width) wide
     wide dweight[PACKS][PACK], dbias[PACKS][PACK];
 #pragma unroll
     for (int i = 0; i < PACKS; ++i)
 #pragma unroll
         for (int j = 0; j < PACK; ++j) dweight[i][j] = dbias[i][j] = 0;
-    auto start = [&](long long row, int stage) {
-        slots.copy(stage, 0, dy, row, rows, width);
-        slots.copy(stage, 1, x, row, rows, width);
-        if (residual) slots.copy(stage, 2, residual, row, rows, width);
-    };
-    for_rows(rows, start, [&](long long row, int stage) {
-        const bool there = row < rows;
-        const wide scale = there ? rstd[row] : wide(0), centre = CENTRED && there ? mean[row] : wide(0);
-        Two own = {0, 0};
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (!there || column >= width) continue;
-            const Pack w = load_pack(weight + column), slopes = slots.at(stage, 0, i), values = slots.at(stage, 1, i);
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                const wide slope = to_wide(slopes.at[j]), normed = (to_wide(values.at[j]) - centre) * scale;
-                dweight[i][j] += slope * normed;
-                if (CENTRED) dbias[i][j] += slope;
-                const wide dnormed = slope * to_wide(w.at[j]);
-                own.first += dnormed;
-                own.second += dnormed * normed;
-            }
-        }
-        own = row_sums(own, scratch);
-        const wide offset = CENTRED ? own.first / width : wide(0), tilt = own.second / width;
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (!there || column >= width) continue;
-            const Pack w = load_pack(weight + column), slopes = slots.at(stage, 0, i), values = slots.at(stage, 1, i);
-            Pack other, result;
-            if (residual) other = slots.at(stage, 2, i);
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                const wide normed = (to_wide(values.at[j]) - centre) * scale;
-                wide value = scale * (to_wide(slopes.at[j]) * to_wide(w.at[j]) - offset - normed * tilt);
-                if (residual) value += to_wide(other.at[j]);
-                result.at[j] = to_real(value);
-            }
-            store_pack(dx + row * width + column, result);
-        }
-    });
+    if (is_whole(width)) backward_rows<true>(dweight, dbias, dx, dy, x, residual, weight, mean, rstd, rows, width);
+    else backward_rows<false>(dweight, dbias, dx, dy, x, residual, weight, mean, rstd, rows, width);
     wide* sums = reinterpret_cast<wide*>(memory);
+    const Lane own(width);
 #pragma unroll
     for (int which = 0; which <= CENTRED; ++which) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
-            const int column = column_of(i);
-            if (column >= width) continue;
+            if (!own.has<false>(i)) continue;
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) sums[warp() / WARPS * width + column + j] = which ? dbias[i][j] : dweight[i][j];
+            for (int j = 0; j < PACK; ++j) sums[warp() / WARPS * width + own.column(i) + j] = which ? dbias[i][j] : dweight[i][j];
         }
         __syncthreads();
         for (long long column = thread(); column < width; column += blockDim.x) {
@@ -209,6 +222,7 @@ extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 3 : PACKS == 4 ? 
         }
     }
 }
+#endif
 
 #else
 

@@ -15,15 +15,17 @@ extern "C" __global__ void __launch_bounds__(256) rope(real* x, long long batch_
         real* at = x + i / across / heads / tokens * batch_stride + token * token_stride + head * head_stride + channel;
         const wide *c = cosines + token * half + channel, *s = sines + token * half + channel;
         if (packed) {
-            Pack a = load_pack(at), b = load_pack(at + half);
+            wide a[PACK], b[PACK];
+            widen_pack(a, load_pack(at));
+            widen_pack(b, load_pack(at + half));
 #pragma unroll
             for (int j = 0; j < PACK; ++j) {
-                const wide first = to_wide(a.at[j]), second = to_wide(b.at[j]), cosine = c[j], sine = sign * s[j];
-                a.at[j] = to_real(first * cosine - second * sine);
-                b.at[j] = to_real(second * cosine + first * sine);
+                const wide first = a[j], second = b[j], cosine = c[j], sine = sign * s[j];
+                a[j] = first * cosine - second * sine;
+                b[j] = second * cosine + first * sine;
             }
-            store_pack(at, a);
-            store_pack(at + half, b);
+            store_pack(at, round_pack(a));
+            store_pack(at + half, round_pack(b));
         } else {
             const wide first = to_wide(at[0]), second = to_wide(at[half]), cosine = *c, sine = sign * *s;
             at[0] = to_real(first * cosine - second * sine);

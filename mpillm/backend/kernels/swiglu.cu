@@ -14,14 +14,12 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(real* y, const real* ga
         const long long row = i / across, column = (i - row * across) * unit;
         const real *g = gate + row * gate_stride + column, *u = up + row * up_stride + column;
         if (packed) {
-            const Pack a = load_pack(g), b = load_pack(u);
-            Pack result;
+            wide a[PACK], b[PACK];
+            widen_pack(a, load_pack(g));
+            widen_pack(b, load_pack(u));
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) {
-                const wide x = to_wide(a.at[j]);
-                result.at[j] = to_real(x * sigmoid(x) * to_wide(b.at[j]));
-            }
-            store_pack(y + i * PACK, result);
+            for (int j = 0; j < PACK; ++j) b[j] *= a[j] * sigmoid(a[j]);
+            store_pack(y + i * PACK, round_pack(b));
         } else {
             const wide x = to_wide(*g);
             y[i] = to_real(x * sigmoid(x) * to_wide(*u));
@@ -42,16 +40,18 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward(const real* dy
         const real *g = gate + row * gate_stride + column, *u = up + row * up_stride + column;
         real *dg = dgate + row * dgate_stride + column, *du = dup + row * dup_stride + column;
         if (packed) {
-            const Pack a = load_pack(g), b = load_pack(u), d = load_pack(dy + i * PACK);
-            Pack first, second;
+            wide a[PACK], b[PACK], d[PACK];
+            widen_pack(a, load_pack(g));
+            widen_pack(b, load_pack(u));
+            widen_pack(d, load_pack(dy + i * PACK));
 #pragma unroll
             for (int j = 0; j < PACK; ++j) {
-                const wide x = to_wide(a.at[j]), s = sigmoid(x), slope = to_wide(d.at[j]);
-                first.at[j] = to_real(slope * to_wide(b.at[j]) * s * (1 + x * (1 - s)));
-                second.at[j] = to_real(slope * x * s);
+                const wide x = a[j], s = sigmoid(x);
+                a[j] = d[j] * b[j] * s * (1 + x * (1 - s));
+                d[j] *= x * s;
             }
-            store_pack(dg, first);
-            store_pack(du, second);
+            store_pack(dg, round_pack(a));
+            store_pack(du, round_pack(d));
         } else {
             const wide x = to_wide(*g), s = sigmoid(x), slope = to_wide(dy[i]), other = to_wide(*u);
             *dg = to_real(slope * other * s * (1 + x * (1 - s)));
