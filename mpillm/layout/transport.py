@@ -52,7 +52,8 @@ class Staged:
     """Messages through pinned memory.
 
     Requests are driven on by polling, all that are under way whichever is waited for: else two ranks could wait for
-    messages that the other has not yet begun to send.
+    messages that the other has not yet begun to send. Messages of one tag are told apart by their order alone, so an array's
+    begin when all of those before it have begun, whichever copy is done first.
     """
     message_bytes = STAGED_BYTES
 
@@ -70,12 +71,17 @@ class Staged:
 
     def _started(self, request):
         self.active.append(request)
-        request.advance()
+        request.advance(any(other.key == request.key and not other.all_begun for other in self.active[:-1]))
         return request
 
     def advance(self):
         """Drives on everything that is under way."""
-        self.active = [request for request in self.active if not request.advance()]
+        behind = set()      # keys of messages that have not begun
+        for request in self.active:
+            request.advance(request.key in behind)
+            if not request.all_begun:
+                behind.add(request.key)
+        self.active = [request for request in self.active if not request.done]
 
     def wait(self, requests):
         while requests:
@@ -100,37 +106,47 @@ class Piece:
 
 
 class Moving:
-    """A whole array on its way, piece by piece in order; `Test()` as of an MPI request."""
+    """A whole array on its way, piece by piece in order; `Test()` as of an MPI request.
+
+    Attributes
+    ----------
+    key
+        Equal for arrays whose messages only their order tells apart.
+    """
 
     def __init__(self, staged, handle, x, peer, tag):
         self.staged, self.handle, self.peer, self.tag, self.done = staged, handle, peer, tag, False
+        self.key = type(self), id(handle), peer, tag
         flat, step = x.reshape(-1), STAGED_BYTES // x.itemsize
         self.waiting = collections.deque(flat[start:start + step] for start in range(0, flat.size, step))
         self.pieces = collections.deque()       # under way, in order
+
+    @property
+    def all_begun(self):
+        """Whether MPI knows of all messages."""
+        return not self.waiting and (not self.pieces or self.pieces[-1].request is not None)
 
     def Test(self):
         self.staged.advance()
         return self.done
 
-    def advance(self):
-        """Does what can be done now; whether all is done."""
-        if self.done:
-            return True
-        while self.waiting and len(self.pieces) < DEPTH:
+    def advance(self, is_behind):
+        """Does what can be done now; no message begins where it `is_behind` others."""
+        while self.waiting and len(self.pieces) < DEPTH and not (is_behind and self.begins_with_message):
             piece = Piece(self.staged.buffer(), self.waiting.popleft())
             self.begin(piece)
             self.pieces.append(piece)
         for piece in self.pieces:
-            if not self.go_on(piece):
-                break       # messages of one tag are told apart by their order
+            if is_behind and piece.request is None or not self.go_on(piece):
+                break
         while self.pieces and self.is_over(self.pieces[0]):
             self.staged.buffers.append(self.pieces.popleft().buffer)
         self.done = not self.waiting and not self.pieces
-        return self.done
 
 
 class Sending(Moving):
     """Device, pinned memory, message."""
+    begins_with_message = False
 
     def begin(self, piece):
         self.staged.ops.device.copy_to_host_start(piece.bytes, piece.array)
@@ -147,6 +163,7 @@ class Sending(Moving):
 
 class Receiving(Moving):
     """Message, pinned memory, device."""
+    begins_with_message = True
 
     def begin(self, piece):
         piece.request = self.handle.Irecv(piece.bytes, self.peer, self.tag)

@@ -1,5 +1,6 @@
 """Arrays of a device between ranks: every call on a fake device, straight and staged, beside ranks on the CPU; the order of the stream."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -175,6 +176,47 @@ def test_host_arrays_and_groups_of_a_group(side):
     part = ranks.split(ranks.rank % 2, ranks.rank, "half")
     x = part.all_reduce(ops.from_host(np.ones(3, np.float32)))
     assert ops.to_host(x).tolist() == [part.size] * 3
+
+
+def test_copies_that_are_done_in_any_order(group, kind):
+    """Pieces of unequal size with one tag, whose copies are seen to be done at unequal times."""
+    if group.size == 1 or kind is transports.Direct:
+        pytest.skip("copies to pinned memory are between ranks")
+    from fake import FakeDevice
+    from mpillm.layout.device_group import DeviceGroup
+
+    class Event:
+        def __init__(self, polls):
+            self.polls = polls
+
+        @property
+        def done(self):
+            self.polls -= 1
+            return self.polls < 0
+
+    class Slow(FakeDevice):
+        random = np.random.default_rng(group.rank)
+
+        def record(self, stream=None):
+            return Event(int(self.random.integers(6)))
+
+    ops = fake_ops(Slow())
+    ranks = DeviceGroup(group.handle, "slow", ops, kind(ops))
+    width, size = 90, group.size        # float32: pieces of 7 to 83 numbers, some of several messages
+    bounds = [[(rank * width, rank * width + 7), (rank * width + 7, (rank + 1) * width)] for rank in range(size)]
+    total = sum(everybody(size, size * width, np.float32))
+    for _ in range(20):
+        out = ops.empty((width,), np.float32)
+        ranks.reduce_scatter_start(ops.from_host(numbers(ranks.rank, size * width, np.float32)), lambda rank: bounds[rank], out).wait()
+        np.testing.assert_array_equal(ops.to_host(out), total[ranks.rank * width:(ranks.rank + 1) * width])
+
+
+def test_a_child_is_no_rank_of_this_job(group):
+    """As the probe starts it, whatever the launcher set."""
+    from mpillm.layout.probe import environment_of_child
+    command = "from mpi4py import MPI; print(MPI.COMM_WORLD.size)"
+    done = subprocess.run([sys.executable, "-c", command], env=environment_of_child(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_the_stream_is_waited_for_before_a_message(group, kind):

@@ -13,11 +13,6 @@ PLAIN_WARPS = 4         # rows of a block of the plain kernels
 TILED = 64, 128         # head widths that tensor cores do
 ROWS = 128              # of a block of attention_tiles.cuh; queries, or keys for their gradients
 THREADS, KEY_THREADS = 128, 256
-SHARED = {      # bytes of shared memory of a block, for heads of D
-    "forward": lambda d: 2 * d * (ROWS + 2 * 64),
-    "backward_keys": lambda d: 2 * d * (2 * ROWS + 4 * 64) + 256 * d + 16 * 64,
-    "backward_queries": lambda d: 2 * d * (2 * ROWS + 4 * (64 if d == 64 else 32)),
-}
 FEWEST = 16             # queries for which a tile is worth while; fewer divide their keys, FEWEST_KEYS or more a block, among blocks
 FEWEST_KEYS, DECODE_WAVES = 128, 4
 INT64, UINT64 = 1 << 63, 1 << 64
@@ -31,11 +26,22 @@ def strides_of(x):
     return tuple(stride // x.itemsize for stride in x.strides[:3])
 
 
-def is_tiled(device, kernel, views, dropout):
-    """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout, room for a tile."""
+def shared_bytes(kernel, width, queries=64):
+    """Of shared memory that a block of a kernel takes; `queries` of a tile of backward_keys."""
+    rows = {"forward": ROWS + 2 * 64, "backward_queries": 2 * ROWS + 4 * (64 if width == 64 else 32), "backward_keys": 2 * ROWS + 4 * queries}
+    return 2 * width * rows[kernel] + (256 * width + 16 * queries if kernel == "backward_keys" else 0)
+
+
+def queries_of_tile(device, width):
+    """Queries of a tile of backward_keys: as many as have room, or None."""
+    return next((queries for queries in ((128, 64) if width == 128 else (64,))
+                 if shared_bytes("backward_keys", width, queries) <= device.shared_memory), None)
+
+
+def is_tiled(views, dropout):
+    """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout."""
     q = views[0]
     return (dropout is None and q.itemsize == 2 and q.shape[3] in TILED and q.shape[1] >= FEWEST
-            and SHARED[kernel](q.shape[3]) <= device.shared_memory
             and all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views))
 
 
@@ -59,9 +65,9 @@ class AttentionOps:
         if self._by_cudnn(q, k, causal, dropout) and self.sdpa.forward(q, k, v, out, lse, float(scale), bool(causal)):
             return out, lse
         where, *mask = self._layout((q, k, v, out), causal, dropout)
-        if is_tiled(self.device, "forward", (q, k, v), dropout):
+        if is_tiled((q, k, v), dropout):
             self.device.launch("attention", "forward", q.dtype, (-(-t // ROWS), h, b), THREADS, (q, k, v, out, lse, where, float(scale)),
-                               shared=SHARED["forward"](d), HEAD_WIDTH=d)
+                               shared=shared_bytes("forward", d), HEAD_WIDTH=d)
         elif t < FEWEST and k.size and dropout is None and packs_of_row((q, k, v)):
             self._decode(q, k, v, out, lse, where, float(scale))
         else:
@@ -96,12 +102,14 @@ class AttentionOps:
         delta, block = self.device.empty((b, h, t), lse.dtype), 32 * PLAIN_WARPS
         numbers = where, *mask[:2], float(scale), mask[2]
         launch, rows = self.device.launch, -(-b * h * t // PLAIN_WARPS)
-        if is_tiled(self.device, "backward_keys", (q, k, v, out, dout, dq, dk, dv), dropout) and k.size:
-            launch("attention_backward", "row_sums", q.dtype, -(-b * h * t * d // 2048), 256, (delta, dout, out, where), HEAD_WIDTH=d)
+        tile = queries_of_tile(self.device, d) if is_tiled((q, k, v, out, dout, dq, dk, dv), dropout) and k.size else None
+        if tile:
+            form = {"HEAD_WIDTH": d, "QUERIES": tile}
+            launch("attention_backward", "row_sums", q.dtype, -(-b * h * t * d // 2048), 256, (delta, dout, out, where), **form)
             for kernel, grid, threads, found in (("backward_keys", (-(-s // ROWS), kv, b), KEY_THREADS, (dk, dv)),
                                                  ("backward_queries", (-(-t // ROWS), h, b), THREADS, (dq,))):
                 launch("attention_backward", kernel, q.dtype, grid, threads, (dout, q, k, v, lse, delta, *found, where, float(scale)),
-                       shared=SHARED[kernel](d), HEAD_WIDTH=d)
+                       shared=shared_bytes(kernel, d, tile), **form)
             return
         launch("attention_plain", "row_sums", q.dtype, rows, block, (delta, dout, out, where))
         launch("attention_plain", "backward_queries", q.dtype, rows, block, (dout, q, k, v, lse, delta, dq, *numbers))

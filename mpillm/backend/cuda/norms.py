@@ -2,8 +2,9 @@
 
 from mpillm.backend.types import wide_of
 
-BLOCK, BLOCK_WARPS = 256, 8
-GENERAL_WAVES, BACKWARD_WAVES = 16, 2       # blocks of a multiprocessor at most; few in backward, as each leaves sums of columns
+BLOCK, BLOCK_WARPS, PARTS_BLOCK = 256, 8, 1024
+GENERAL_WAVES = 16          # blocks of a multiprocessor at most
+BACKWARD_WAVES = {1: 3, 2: 3, 3: 2, 4: 1, 8: 1}     # by PACKS: as many as have room at a time, as each leaves sums of columns
 # (WARPS, PACKS) of norm.cuh: the first that has room for a row is taken. More warps a row wait for each other, and the
 # backward has no registers for many packs.
 FORWARD = (1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8)
@@ -55,7 +56,7 @@ class NormOps:
         form = form_of(BACKWARD, width, x.itemsize, (dy, x, weight, residual))
         if form["PACKS"]:
             groups = BLOCK_WARPS // form["WARPS"]
-            count = min(-(-rows // groups), BACKWARD_WAVES * self.device.multiprocessors)
+            count = min(-(-rows // groups), BACKWARD_WAVES[form["PACKS"]] * self.device.multiprocessors)
             parts = self.device.empty((count, sums, width), wide)
             args = dx, parts, dy, x, residual, weight, mean, rstd, rows, width
             self.device.launch(file, "backward", x.dtype, count, BLOCK, args, shared=groups * width * wide.itemsize, **form)
@@ -65,5 +66,5 @@ class NormOps:
             count = min(rows, 64)
             parts = self.device.empty((count, sums, width), wide)
             self.device.launch(file, "column_sums", x.dtype, (-(-width // BLOCK), count), BLOCK, (parts, dy, x, mean, rstd, rows, width), **form)
-        self.device.launch(file, "add_parts", x.dtype, (-(-width // 32), sums), BLOCK, (dweight, dbias, parts, count, width), **form)
+        self.device.launch(file, "add_parts", x.dtype, (-(-width // 32), sums), PARTS_BLOCK, (dweight, dbias, parts, count, width), **form)
         return dx

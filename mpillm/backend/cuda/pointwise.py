@@ -5,7 +5,7 @@ import numpy as np
 from mpillm.backend import philox
 from mpillm.backend.types import wide_of
 
-BLOCK = 256                 # threads
+BLOCK, PARTS_BLOCK = 256, 1024     # threads
 WAVES = 16                  # blocks of a multiprocessor at most: enough to hide latency, few enough to loop
 CODES = {"float32": 1, "float64": 2, "bfloat16": 3, "float16": 4, "int64": 5}   # of cast.cu
 INT64, UINT64 = 1 << 63, 1 << 64
@@ -97,7 +97,7 @@ class PointwiseOps:
         count = max(1, min(ROW_PARTS, -(-rows // 32), -(-4 * self.device.multiprocessors // across)))
         parts = self.device.empty((count, width), wide_of(dy.dtype))
         self.device.launch("add", "sum_rows", dy.dtype, (across, count), BLOCK, (dy, row_stride(dy), parts, rows, width))
-        self.device.launch("add", "add_parts", dy.dtype, -(-width // 32), BLOCK, (dbias, parts, count, width))
+        self.device.launch("add", "add_parts", dy.dtype, -(-width // 32), PARTS_BLOCK, (dbias, parts, count, width))
 
     # -- activations --------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 // and values, over the queries that see them; and those of 128 queries, over their keys. Two more products than in one
 // kernel, and no sums whose order would depend on timing.
 // types: half
-// variants: HEAD_WIDTH=64,128
+// variants: HEAD_WIDTH=64 QUERIES=64
+// variants: HEAD_WIDTH=128 QUERIES=64,128
 #include "attention_tiles.cuh"
 
 // Registers of one row: lse in powers of two, +inf (probabilities 0) where there is no row or it sees nothing; and delta.
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(256) row_sums(float* delta, const r
 
 // ---- gradients of keys and values ---------------------------------------------------------------------------------------
 
-constexpr int KEY_THREADS = 64 * ROW_WARPS, QUERIES = 64;  // of a block; of a tile
+constexpr int KEY_THREADS = 64 * ROW_WARPS;  // of a block, which takes tiles of QUERIES queries
 constexpr int KEY_PARTS = D == 64 ? 4 : 8, KEY_PART = 8 * KEY_PARTS;  // columns at a time
 constexpr int EXCHANGE = 2 * TILES * KEY_PARTS / 2 * 32 * 8;   // numbers between the warps of a pair, of two turns
 

@@ -51,65 +51,50 @@ struct Lane {
 __device__ inline bool is_whole(long long width) { return width == PACKS * WARPS * 32 * PACK; }
 
 #if WARPS == 1 || PACKS == 8
-constexpr int AT_ONCE = PACKS <= 4 ? 2 : 1;  // rows of a warp, which share what is loaded of the weights
-
 template <bool whole>
 __device__ inline void forward_rows(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight, const real* bias,
                                     wide eps, long long rows, long long width) {
     const Lane own(width);
     const wide share = wide(1) / wide(width);
-    for (long long base = (long long)blockIdx.x * GROUPS * AT_ONCE; base < rows; base += (long long)gridDim.x * GROUPS * AT_ONCE) {
-        const long long first = base + warp() / WARPS * AT_ONCE;
-        Pack packs[AT_ONCE][PACKS], others[AT_ONCE][PACKS];
+    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
+        const bool there = base + warp() / WARPS < rows;
+        const long long row = there ? base + warp() / WARPS : rows - 1;  // beyond the last row that one again, and nothing is stored
+        Pack packs[PACKS], others[PACKS];
+        own.load<whole>(packs, x + row * width);
+        if (residual) own.load<whole>(others, residual + row * width);
+        wide values[PACKS][PACK], centre[1] = {0}, scale[1] = {0};
 #pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r) {  // beyond the last row that one again, and nothing is stored
-            const long long row = first + r < rows ? first + r : rows - 1;
-            own.load<whole>(packs[r], x + row * width);
-            if (residual) own.load<whole>(others[r], residual + row * width);
-        }
-        wide values[AT_ONCE][PACKS][PACK], centre[AT_ONCE], scale[AT_ONCE];
+        for (int i = 0; i < PACKS; ++i) {
+            widen_pack(values[i], packs[i]);
+            if (residual) {
+                wide other[PACK];
+                widen_pack(other, others[i]);
 #pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r) {
-            centre[r] = 0;
-#pragma unroll
-            for (int i = 0; i < PACKS; ++i) {
-                widen_pack(values[r][i], packs[r][i]);
-                if (residual) {
-                    wide other[PACK];
-                    widen_pack(other, others[r][i]);
-#pragma unroll
-                    for (int j = 0; j < PACK; ++j) values[r][i][j] += other[j];
-                    const Pack rounded = round_pack(values[r][i]);
-                    if (own.has<whole>(i) && first + r < rows) store_pack(x + (first + r) * width + own.column(i), rounded);
-                    widen_pack(values[r][i], rounded);
-                }
-                if (CENTRED)
-#pragma unroll
-                    for (int j = 0; j < PACK; ++j) centre[r] += values[r][i][j];
+                for (int j = 0; j < PACK; ++j) values[i][j] += other[j];
+                const Pack rounded = round_pack(values[i]);
+                if (there && own.has<whole>(i)) store_pack(x + row * width + own.column(i), rounded);
+                widen_pack(values[i], rounded);
             }
+            if (CENTRED)
+#pragma unroll
+                for (int j = 0; j < PACK; ++j) centre[0] += values[i][j];
         }
         if (CENTRED) row_sums(centre);
+        centre[0] *= share;
 #pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r) {
-            centre[r] *= share;
-            scale[r] = 0;
+        for (int i = 0; i < PACKS; ++i)
+            if (own.has<whole>(i))
 #pragma unroll
-            for (int i = 0; i < PACKS; ++i)
-                if (own.has<whole>(i))
-#pragma unroll
-                    for (int j = 0; j < PACK; ++j) {
-                        if (CENTRED) values[r][i][j] -= centre[r];
-                        scale[r] += values[r][i][j] * values[r][i][j];
-                    }
-        }
+                for (int j = 0; j < PACK; ++j) {
+                    if (CENTRED) values[i][j] -= centre[0];
+                    scale[0] += values[i][j] * values[i][j];
+                }
         row_sums(scale);
-#pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r) {
-            scale[r] = 1 / sqrt(scale[r] * share + eps);
-            if (warp() % WARPS == 0 && lane() == 0 && first + r < rows) {
-                rstd[first + r] = scale[r];
-                if (CENTRED) mean[first + r] = centre[r];
-            }
+        scale[0] = 1 / sqrt(scale[0] * share + eps);
+        if (!there) continue;
+        if (warp() % WARPS == 0 && lane() == 0) {
+            rstd[row] = scale[0];
+            if (CENTRED) mean[row] = centre[0];
         }
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
@@ -118,41 +103,44 @@ __device__ inline void forward_rows(real* y, wide* mean, wide* rstd, real* x, co
             widen_pack(w, load_pack(weight + own.column(i)));
             if (CENTRED) widen_pack(b, load_pack(bias + own.column(i)));
 #pragma unroll
-            for (int r = 0; r < AT_ONCE; ++r) {
-#pragma unroll
-                for (int j = 0; j < PACK; ++j) values[r][i][j] = values[r][i][j] * scale[r] * w[j] + (CENTRED ? b[j] : wide(0));
-                if (first + r < rows) store_pack(y + (first + r) * width + own.column(i), round_pack(values[r][i]));
-            }
+            for (int j = 0; j < PACK; ++j) values[i][j] = values[i][j] * scale[0] * w[j] + (CENTRED ? b[j] : wide(0));
+            store_pack(y + row * width + own.column(i), round_pack(values[i]));
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) forward(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight,
-                                                          const real* bias, double eps, long long rows, long long width) {
+extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 4 : 2)
+    forward(real* y, wide* mean, wide* rstd, real* x, const real* residual, const real* weight, const real* bias, double eps, long long rows,
+            long long width) {
     if (is_whole(width)) forward_rows<true>(y, mean, rstd, x, residual, weight, bias, wide(eps), rows, width);
     else forward_rows<false>(y, mean, rstd, x, residual, weight, bias, wide(eps), rows, width);
 }
 #endif
 
 #if WARPS == 8 || PACKS <= 3
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }    // rounded, not a part of an FMA: the difference
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }  // of two equal ones is 0
+
 template <bool whole>
 __device__ inline void backward_rows(wide (&dweight)[PACKS][PACK], wide (&dbias)[PACKS][PACK], real* dx, const real* dy, const real* x,
                                      const real* residual, const real* weight, const wide* mean, const wide* rstd, long long rows,
                                      long long width) {
     const Lane own(width);
     const wide share = wide(1) / wide(width);
-    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
+    const long long step = (long long)gridDim.x * GROUPS;
+    Pack slopes[PACKS], values[PACKS];
+    auto load = [&](long long row) {
+        if (row >= rows) return;
+        own.load<whole>(slopes, dy + row * width);
+        own.load<whole>(values, x + row * width);
+    };
+    load((long long)blockIdx.x * GROUPS + warp() / WARPS);
+    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += step) {
         const long long row = base + warp() / WARPS;
         const bool there = row < rows;
-        Pack slopes[PACKS], values[PACKS], others[PACKS];
         wide scale = 0, centre = 0, sums[2] = {0, 0};
-        if (there) {
-            own.load<whole>(slopes, dy + row * width);
-            own.load<whole>(values, x + row * width);
-            if (residual) own.load<whole>(others, residual + row * width);
-            scale = rstd[row];
-            if (CENTRED) centre = mean[row];
-        }
+        if (there) scale = rstd[row];
+        if (CENTRED && there) centre = mean[row];
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
             if (!there || !own.has<whole>(i)) continue;
@@ -165,34 +153,36 @@ __device__ inline void backward_rows(wide (&dweight)[PACKS][PACK], wide (&dbias)
                 normed[j] = (normed[j] - centre) * scale;
                 dweight[i][j] += slope[j] * normed[j];
                 if (CENTRED) dbias[i][j] += slope[j];
-                slope[j] *= w[j];
+                slope[j] = product(slope[j], w[j]);
                 if (CENTRED) sums[0] += slope[j];
                 sums[1] += slope[j] * normed[j];
             }
         }
+        load(row + step);  // on its way while this row, out of the cache, is done
         row_sums(sums);
-        const wide offset = CENTRED ? -sums[0] * share * scale : wide(0), tilt = -sums[1] * share * scale;
+        const wide offset = -sums[0] * share, tilt = -sums[1] * share;
 #pragma unroll
-        for (int i = 0; i < PACKS; ++i) {  // what the sums were made of is made again: there are no registers to keep it
+        for (int i = 0; i < PACKS; ++i) {
             if (!there || !own.has<whole>(i)) continue;
+            const long long at = row * width + own.column(i);
             wide w[PACK], slope[PACK], normed[PACK];
             widen_pack(w, load_pack(weight + own.column(i)));
-            widen_pack(slope, slopes[i]);
-            widen_pack(normed, values[i]);
+            widen_pack(slope, load_pack(dy + at));
+            widen_pack(normed, load_pack(x + at));
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) slope[j] = slope[j] * w[j] * scale + offset + (normed[j] - centre) * scale * tilt;
+            for (int j = 0; j < PACK; ++j) slope[j] = (product(slope[j], w[j]) + offset + (normed[j] - centre) * scale * tilt) * scale;
             if (residual) {
-                widen_pack(normed, others[i]);
+                widen_pack(normed, load_pack(residual + at));
 #pragma unroll
                 for (int j = 0; j < PACK; ++j) slope[j] += normed[j];
             }
-            store_pack(dx + row * width + own.column(i), round_pack(slope));
+            store_pack(dx + at, round_pack(slope));
         }
     }
 }
 
 // dx, and in parts (gridDim.x, CENTRED + 1, width) the sums over this block's rows for dweight and dbias.
-extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(256, PACKS <= 2 ? 3 : PACKS == 3 ? 2 : 1)
     backward(real* dx, wide* parts, const real* dy, const real* x, const real* residual, const real* weight, const wide* mean, const wide* rstd,
              long long rows, long long width) {
     DYNAMIC_SHARED(memory);  // (GROUPS, width) wide
@@ -289,18 +279,18 @@ extern "C" __global__ void __launch_bounds__(256) column_sums(wide* parts, const
 #endif
 
 // dweight, dbias (width) += the sums over parts (count, CENTRED + 1, width), in the order of the parts; block row 0 and 1.
-extern "C" __global__ void __launch_bounds__(256) add_parts(wide* dweight, wide* dbias, const wide* parts, long long count, long long width) {
-    __shared__ wide found[BLOCK_WARPS][32];
+extern "C" __global__ void __launch_bounds__(1024) add_parts(wide* dweight, wide* dbias, const wide* parts, long long count, long long width) {
+    __shared__ wide found[32][32];
     const long long column = (long long)blockIdx.x * 32 + lane();
     wide sum = 0;
     if (column < width)
-        for (long long part = warp(); part < count; part += BLOCK_WARPS) sum += parts[(part * (CENTRED + 1) + blockIdx.y) * width + column];
+        for (long long part = warp(); part < count; part += num_warps()) sum += parts[(part * (CENTRED + 1) + blockIdx.y) * width + column];
     found[warp()][lane()] = sum;
     __syncthreads();
     if (warp() == 0 && column < width) {
         wide* target = (blockIdx.y ? dbias : dweight) + column;
         sum = *target;
-        for (int i = 0; i < BLOCK_WARPS; ++i) sum += found[i][lane()];
+        for (int i = 0; i < num_warps(); ++i) sum += found[i][lane()];
         *target = sum;
     }
 }

@@ -76,6 +76,15 @@ def test_dropout(cuda, name, case):
         same(cuda, each, other, 2 * TOLERANCES[name])
 
 
+@pytest.mark.parametrize("kilobytes", [163, 99])
+def test_less_shared_memory(cuda, name, kilobytes, monkeypatch):
+    """That of an A100: smaller tiles; that of a consumer's GPU: no tiles backward."""
+    monkeypatch.setattr(cuda.device, "shared_memory", kilobytes << 10)
+    found, expected = run(cuda, name, CASES["grouped tiles"])
+    for each, other in zip(found, expected):
+        same(cuda, each, other, 2 * TOLERANCES[name])
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_scores_that_grow(cuda, name, width):
     """Maxima that grow by much and by little from tile to tile: sums are scaled anew, or are not."""
