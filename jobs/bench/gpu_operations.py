@@ -1,4 +1,5 @@
-"""Single operations on a GPU: microseconds, bytes that must move over the time, share of the measured copy bandwidth.
+"""Single operations on a GPU: microseconds, bytes that must move over the time, share of the measured copy bandwidth, and
+of that of a copy which moves as many bytes: a launch and its ends cost a copy of 50 MB some microseconds too.
 
     python jobs/bench/gpu_operations.py [--out FILE.json]
 
@@ -49,16 +50,22 @@ def random(ops, shape, dtype=BF16):
     return ops.from_host(host)
 
 
-def ceilings(ops, time):
-    """Copy bandwidth (bytes/s read and written) and rate of a matrix product (FLOP/s)."""
-    a, b = ops.empty((1 << 30,), np.uint8), ops.empty((1 << 30,), np.uint8)
-    runtime = ops.device.runtime
-    copy = time(lambda: runtime.memcpyAsync(b.data.ptr, a.data.ptr, a.nbytes, runtime.memcpyDeviceToDevice, ops.device.stream.ptr))
-    del a, b
+class Copy:
+    """Device to device; calling it gives the bandwidth (bytes/s read and written) of a copy that moves `moved` bytes."""
+
+    def __init__(self, ops, time):
+        self.ops, self.time, self.arrays = ops, time, [ops.empty((1 << 30,), np.uint8) for _ in range(2)]
+
+    def __call__(self, moved):
+        runtime, pointers = self.ops.device.runtime, [array.data.ptr for array in self.arrays]
+        return moved / self.time(lambda: runtime.memcpyAsync(*pointers, int(moved) // 2, runtime.memcpyDeviceToDevice, self.ops.device.stream.ptr))[0] * 1e6
+
+
+def product_rate(ops, time):
+    """FLOP/s of a bfloat16 matrix product."""
     n = 8192
     x, y, z = random(ops, (n, n)), random(ops, (n, n)), ops.empty((n, n), BF16)
-    product = time(lambda: ops.matmul(x, y.T, out=z))
-    return 2 * (1 << 30) / copy[0] * 1e6, 2 * n**3 / product[0] * 1e6
+    return 2 * n**3 / time(lambda: ops.matmul(x, y.T, out=z))[0] * 1e6
 
 
 def cases(ops):
@@ -116,12 +123,13 @@ def main():
     arguments = parser.parse_args()
     ops = open_backend("gpu")
     time = Timer(ops)
-    copy, product = ceilings(ops, time)
-    rows = []
+    copy_of, product, rows = Copy(ops, time), product_rate(ops, time), []
+    copy = copy_of(2 << 30)
     for name, work, moved in cases(ops):
         middle, least, most = time(work)
-        rows.append({"operation": name, "microseconds": middle, "least": least, "most": most, "GB_per_second": moved / middle / 1e3,
-                     "share_of_copy": moved / middle * 1e6 / copy})
+        rate = moved / middle * 1e6
+        rows.append({"operation": name, "microseconds": middle, "least": least, "most": most, "GB_per_second": rate / 1e9,
+                     "share_of_copy": rate / copy, "share_of_equal_copy": rate / copy_of(min(moved, 2 << 30))})
     result = about(ops) | {"copy_GB_per_second": copy / 1e9, "bfloat16_product_TFLOP_per_second": product / 1e12, "operations": rows}
     print(f"copy {copy / 1e9:.0f} GB/s, bfloat16 product {product / 1e12:.0f} TFLOP/s ({ops.device.name})")
     print(table(rows))

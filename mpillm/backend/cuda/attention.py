@@ -83,8 +83,7 @@ class AttentionOps:
         form = {"LANES": packs_of_row((q, k, v)), "HEADS": heads}
         self.device.launch("attention_decode", "part", q.dtype, (b * h * t // heads, blocks), 32 * PLAIN_WARPS,
                            (q, k, v, parts, stats, where, scale, -(-keys // blocks)), **form)
-        self.device.launch("attention_decode", "join", q.dtype, -(-b * h * t // PLAIN_WARPS), 32 * PLAIN_WARPS,
-                           (parts, stats, out, lse, where, blocks), **form)
+        self.device.launch("attention_decode", "join", q.dtype, b * h * t, 32 * PLAIN_WARPS, (parts, stats, out, lse, where, blocks), **form)
 
     def attention_backward(self, dout, q, k, v, out, lse, dq, dk, dv, scale, causal=True, dropout=None):
         (b, t, h, d), (_, s, kv, _) = q.shape, k.shape

@@ -116,23 +116,25 @@ extern "C" __global__ void __launch_bounds__(128) part(const real* q, const real
     }
 }
 
-// out and lse of the rows, a warp each, from their parts.
+// out and lse of the rows, a block each, from their parts.
 extern "C" __global__ void __launch_bounds__(128) join(const wide* parts, const wide* stats, real* out, wide* lse, const Layout* where,
                                                        long long count) {
+    __shared__ wide scratch[32];
     const Layout& at = *where;
-    const long long row = (long long)blockIdx.x * WARPS + warp();
-    if (row >= at.num_batch * at.heads * at.queries) return;
-    const long long query = row % at.queries, head = row / at.queries % at.heads, batch = row / at.queries / at.heads;
+    const long long row = blockIdx.x, query = row % at.queries, head = row / at.queries % at.heads, batch = row / at.queries / at.heads;
     const wide* own = stats + 2 * row * count;
     wide top = -INFINITY, total = 0;
-    for (long long i = 0; i < count; ++i) top = own[2 * i] > top ? own[2 * i] : top;
-    for (long long i = 0; i < count; ++i) total += own[2 * i + 1] > 0 ? own[2 * i + 1] * power_of_2(own[2 * i] - top) : wide(0);
+    for (long long i = thread(); i < count; i += blockDim.x) top = own[2 * i] > top ? own[2 * i] : top;
+    top = block_max(top, scratch);
+    auto weight = [&](long long i) { return own[2 * i] == -INFINITY ? wide(0) : power_of_2(own[2 * i] - top); };
+    for (long long i = thread(); i < count; i += blockDim.x) total += own[2 * i + 1] * weight(i);
+    total = block_sum(total, scratch);
     real* to = row_of(out, at.out, batch, query, head);
-    for (long long c = lane(); c < at.width; c += 32) {
+    for (long long c = thread(); c < at.width; c += blockDim.x) {
         wide sum = 0;
-        for (long long i = 0; i < count; ++i)
-            if (own[2 * i + 1] > 0) sum += parts[(row * count + i) * at.width + c] * power_of_2(own[2 * i] - top);
+#pragma unroll 8
+        for (long long i = 0; i < count; ++i) sum += parts[(row * count + i) * at.width + c] * weight(i);
         to[c] = to_real(total > 0 ? sum / total : wide(0));
     }
-    if (lane() == 0) lse[row] = total > 0 ? top / wide(LOG2_E) + log_of(total) : wide(-INFINITY);
+    if (thread() == 0) lse[row] = total > 0 ? top / wide(LOG2_E) + log_of(total) : wide(-INFINITY);
 }

@@ -7,7 +7,7 @@
 
 constexpr int D = HEAD_WIDTH, CHUNKS = D / 8;                  // of 16 bytes in a row
 constexpr int TILES = 2, ROW_WARPS = 4, ROWS = 16 * TILES * ROW_WARPS;  // of 16 rows a warp; warps that share the rows
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // The first of this warp's rows in the block, and the row of the sums' registers 0, 1 (half 0) and 2, 3 (half 1) of tile t.
 __device__ inline int row_of_warp() { return warp() % ROW_WARPS * TILES * 16; }

@@ -1,6 +1,6 @@
 // Tensor cores and what feeds them, for bfloat16 and float16: products of 16 x 8 x 16 with float32 sums (mma.sync, sm_80 on),
-// loads of 8 x 8 matrices (ldmatrix). Who holds what is told by the PTX manual: lane 4 g + t has of A (16, 16) the rows g, g + 8 and columns 2 t, 2 t + 1 and 8 more; of the sums (16, 8) the
-// rows g, g + 8 and columns 2 t, 2 t + 1.
+// loads of 8 x 8 matrices (ldmatrix). Who holds what is told by the PTX manual: lane 4 g + t has of A (16, 16) the rows g, g + 8
+// and columns 2 t, 2 t + 1 and 8 more; of the sums (16, 8) the rows g, g + 8 and columns 2 t, 2 t + 1.
 #pragma once
 
 #include "common.cuh"
