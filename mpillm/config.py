@@ -104,6 +104,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class Precision:
     compute: str = option("type of weights and activations", "float32", choices=("float32", "bfloat16", "float16", "float64"))
+    tf32: bool = option("GPU: products of float32 matrices with factors of 10 bits", False)
 
 
 @dataclass(frozen=True)

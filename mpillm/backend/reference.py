@@ -71,7 +71,7 @@ class Reference:
         return self.from_host(array)
 
     def constant(self, array):
-        """As `from_host`, for small tables that are asked for again and again; not to be written to."""
+        """As `from_host`, for tables that outlive a pass or are asked for again and again; not to be written to."""
         return self.from_host(array)
 
     def padding(self, columns, dtype):

@@ -257,6 +257,12 @@ class GpuShapes(Shapes):
     def padded(self, shape, dtype):
         return self.empty((shape[0], self.row(shape[1], dtype)), dtype)[:, :shape[1]]
 
+    def constant(self, array):
+        before, self.arena = self.arena, self.kept
+        copy = self.from_host(array)
+        self.arena = before
+        return copy
+
     @contextlib.contextmanager
     def activations(self):
         before, self.arena = self.arena, self.passing_by

@@ -12,6 +12,7 @@ def add_arguments(parser):
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens with this probability")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "gpu", "auto"), default="cpu", help="where numbers are computed (default cpu)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16", "float64"), help="default: as it was trained")
     parser.add_argument("--output", metavar="FILE", help="JSON-lines instead of text on the screen")
 
 
@@ -27,7 +28,7 @@ def run(arguments):
     group = world()
     on_root(group, UserError, f"--output {arguments.output}: looking at it", lambda: _check_output(arguments.output))
     prompts = on_root(group, UserError, f"{arguments.prompts}: reading", lambda: _prompts(arguments))
-    session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group, device=arguments.device)
+    session, checkpoint, tokenizer_bytes = open_model(arguments.checkpoint, group, arguments.precision, device=arguments.device)
     tokenizer = Tokenizer.from_bytes(tokenizer_bytes, str(checkpoint.directory))
     start, size = cut(len(prompts), group.size, group.rank)     # prompts are split over all ranks
     mine = [_continue(session.model, tokenizer, prompts[number], number, arguments) for number in range(start, start + size)]

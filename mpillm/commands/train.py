@@ -17,6 +17,7 @@ def run(arguments):
     from ..layout.mesh import sizes_of
     from ..run.connect import connect
     from ..run.data import TrainingData
+    from ..run.progress import bytes_text
     from ..run.session import open_device, shared_job
 
     if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
@@ -34,6 +35,7 @@ def run(arguments):
             print("\n".join(table(job, sizes, data.vocabulary)))
         return 0
     ops = open_device(job.run.device, job.precision.compute, group)
+    ops.tf32 = job.precision.tf32
     group, line = connect(group, ops, job.communication.transport)
     if job.run.device != "cpu":
         from ..run.plan import reserve
@@ -41,7 +43,7 @@ def run(arguments):
         try:
             return _train(job, sizes, data, group, ops, line)
         except MemoryError as error:
-            raise MemoryError(f"{error}; planned: {plan.held()}, activations {plan.activations / 1e9:.1f} GB; {plan.remedy(job, sizes)}") from error
+            raise MemoryError(f"{error}; planned: {plan.held()}, activations {bytes_text(plan.activations)}; {plan.remedy(job, sizes)}") from error
     return _train(job, sizes, data, group, ops, line)
 
 

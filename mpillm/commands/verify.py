@@ -43,9 +43,8 @@ def _compare(job, sizes, group, arguments):
     from ..run.verify import compare, in_float64, small_job
 
     job = in_float64(_with_vocabulary(job, group) if arguments.full else small_job(job, sizes))
-    if group.rank == 0 and not arguments.json:
-        print("\n".join(_heading(job, sizes, arguments.full)), flush=True)
-    report = compare(job, group)
+    heading = [] if group.rank or arguments.json else _heading(job, sizes, arguments.full)
+    report = compare(job, group, lambda: print(*heading, sep="\n", end="\n" * bool(heading), flush=True))
     if group.rank == 0:
         print(_json(report, job, sizes) if arguments.json else "\n".join([*_table(report, arguments.all), _verdict(report, job, sizes)]))
     return 1 if report.wrong else 0

@@ -180,8 +180,6 @@ class Group:
     handle : mpi4py.MPI.Comm
     name : str
         Shown in the journal and in messages.
-    synchronize : callable
-        Waits for the device before its arrays are handed to MPI.
 
     Attributes
     ----------
@@ -191,13 +189,12 @@ class Group:
     empty = staticmethod(np.empty)
     message_bytes = None
 
-    def __init__(self, handle, name="world", synchronize=lambda: None):
+    def __init__(self, handle, name="world"):
         from mpi4py import MPI
-        self.mpi, self.handle, self.name, self.synchronize, self.journal = MPI, handle, name, synchronize, JOURNAL
+        self.mpi, self.handle, self.name, self.journal = MPI, handle, name, JOURNAL
         self.rank, self.size, self._tag = handle.Get_rank(), handle.Get_size(), FIRST_TAG
 
     def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
-        self.synchronize()
         return self.journal.enter(self, operation, array, sent, detail, peer, expected)
 
     def _messages(self, x):
@@ -426,9 +423,7 @@ class Group:
 
     def _like(self, handle, name):
         """A Group of other ranks that treats arrays as this one does."""
-        group = Group(handle, name, self.synchronize)
-        group.message_bytes = self.message_bytes
-        return group
+        return Group(handle, name)
 
     # ---- the adjoint pairs of layers (table at the top of this file) ----------------------------------------------
 

@@ -289,7 +289,7 @@ class NcclGroup(DeviceGroup):
 
     def _later(self, event, call, stages=(), kept=None):
         """A Pending whose end lets the device wait for NCCL."""
-        return Pending([], call, [lambda: self.ops.device.stream.wait_event(event), *stages], kept)
+        return self._pending([Ordered(self.ops, event)], call, stages, kept)
 
     def _exchange(self, sent, received, tag):
         peers = [rank for rank in range(self.size) if rank != self.rank]
@@ -343,15 +343,16 @@ class NcclGroup(DeviceGroup):
 
 
 class Ordered:
-    """What NCCL does, as a request: done for the host at once, the device waits for it."""
+    """What NCCL does, as a request: `Wait` lets the device wait, not the host; `Test` lets nobody wait before it is done."""
 
     def __init__(self, ops, event):
         self.ops, self.event = ops, event
 
     def Test(self):
-        if self.event is not None:
-            self.ops.device.stream.wait_event(self.event)
-            self.event = None
+        if not self.event.done:
+            return False
+        self.Wait()
         return True
 
-    Wait = Test
+    def Wait(self):
+        self.ops.device.stream.wait_event(self.event)

@@ -1,14 +1,14 @@
-"""Where a rank stands among those of its node."""
+"""What the ranks of a node tell each other."""
 
 
-def place_on_node(group):
-    """(rank, size) of this process among the ranks of `group` on its node."""
+def gather_on_node(group, value):
+    """(values of the ranks of `group` on this node, place of this rank among them); every rank of `group` calls it."""
     if group.handle is None:
-        return 0, 1
+        return [value], 0
     from mpi4py import MPI
 
     node = group.handle.Split_type(MPI.COMM_TYPE_SHARED)
     try:
-        return node.Get_rank(), node.Get_size()
+        return node.allgather(value), node.Get_rank()
     finally:
         node.Free()

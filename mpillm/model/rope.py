@@ -42,7 +42,7 @@ class Rope:
         """cos, sin (t, D/2) of the ascending host array `positions` (t,), in the type of sums."""
         longest = int(positions[-1]) + 1 if len(positions) else 0
         if self.table is None or len(self.table[0]) < longest:
-            self.table = [self.ops.from_host(part) for part in table(longest, self.head_width, self.base, self.dtype)]
+            self.table = [self.ops.constant(part) for part in table(longest, self.head_width, self.base, self.dtype)]
         first = longest - len(positions)
         if not len(positions) or positions[0] == first:
             return [part[first:longest] for part in self.table]

@@ -2,7 +2,7 @@
 
 from ..config import UserError
 from ..layout.device_group import DeviceGroup, NcclGroup
-from ..layout.node import place_on_node
+from ..layout.node import gather_on_node
 from ..layout.probe import is_cuda_aware
 from ..layout.transport import Direct, Staged
 
@@ -45,7 +45,8 @@ def connect(group, ops, transport):
 
 
 def _all_aware(group, on_gpu):
-    """Whether MPI takes device memory on every node; one rank of each asks."""
-    first = on_gpu and place_on_node(group)[0] == 0
+    """Whether MPI takes device memory on every node with GPUs; one rank of each asks."""
+    of_node, rank = gather_on_node(group, on_gpu)
+    first = on_gpu and not any(of_node[:rank])
     answers = group.collect(is_cuda_aware() if first else None)
     return False not in answers and True in answers

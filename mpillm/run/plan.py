@@ -35,22 +35,27 @@ class Needs(NamedTuple):
     flops: int          # of a step, all ranks
     micro_batches: int  # of a rank and step
     traffic: dict       # of a step, as of Journal.since
+    offloaded: bool = False     # whether masters and moments are in host memory
     scratch: int = 0    # bytes of libraries on a GPU, which only it can tell
 
     def held(self):
         """What is there between two steps, in words."""
-        masters = f", masters {bytes_text(self.masters)}" if self.masters else ""
-        return f"values {bytes_text(self.values)}{masters}, moments {bytes_text(self.moments)}, gradients {bytes_text(self.gradients)}"
+        state = (f"masters {bytes_text(self.masters)}, " if self.masters else "") + f"moments {bytes_text(self.moments)}"
+        held, gradients = f"values {bytes_text(self.values)}", f"gradients {bytes_text(self.gradients)}"
+        return f"{held}, {gradients}; in host memory {state}" if self.offloaded else f"{held}, {state}, {gradients}"
 
     def remedy(self, job, sizes):
         """The setting that would free the most, in words."""
-        if self.activations > self.values + self.masters + self.moments + self.gradients:
+        state = 0 if self.offloaded else self.masters + self.moments
+        if self.activations > self.values + state + self.gradients:
             share = -(-job.train.batch // sizes["dp"])
             if (job.train.micro_batch or share) > 1:
                 return f"lower train.micro_batch ({min(job.train.micro_batch or share, share)} here)"
             return 'set train.recompute = "block"' if job.train.recompute != "block" else "raise mesh.tp, mesh.cp or mesh.pp"
         if sizes["dp"] * sizes["cp"] > 1 and job.mesh.zero < 3:
             return f"raise mesh.zero ({job.mesh.zero} here)"
+        if not self.offloaded:
+            return 'set train.offload = "optimizer", or raise mesh.tp or mesh.pp'
         return "raise mesh.tp or mesh.pp, or mesh.dp with mesh.zero = 3"
 
     @property
@@ -121,7 +126,8 @@ def needs(job, sizes, vocabulary, rank=0):
                  kept=ops.kept.peak if on_gpu else 0, activations=ops.passing_by.peak if on_gpu else 0,
                  peak=ops.kept.peak + ops.passing_by.peak if on_gpu else ops.peak,
                  flops=model.flops_per_token() * job.train.batch * job.model.context,
-                 micro_batches=-(-share // trainer.micro_batch()), traffic=journal.since(before))
+                 micro_batches=-(-share // trainer.micro_batch()), traffic=journal.since(before),
+                 offloaded=on_gpu and job.train.offload == "optimizer")
 
 
 def table(job, sizes, vocabulary):
@@ -137,7 +143,8 @@ def table(job, sizes, vocabulary):
                   f"{largest.parameters:,} parameters"),
         ("layout", f"{ranks} rank{'s' * (ranks > 1)}: " + " x ".join(f"{axis}={sizes[axis]}" for axis in AXES) + f", ep={sizes['ep']}, zero={job.mesh.zero}"),
         ("a rank holds", f"{largest.held()}{of_stage}"),
-        ("a rank needs", f"{bytes_text(largest.peak)} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute}){of_stage}"),
+        ("a rank needs", f"{bytes_text(largest.peak)} for arrays at the peak of a step ({job.precision.compute}, recompute {job.train.recompute}){of_stage}"
+                         + (f"; on a GPU {bytes_text(SLACK)} and the scratch memory of its libraries more" if job.run.device != "cpu" else "")),
         ("a rank sends", f"{bytes_text(busiest.sent)} a step" + (f" (stage {stages.index(busiest)})" if len(stages) > 1 else "") + (":" if ranks > 1 else "")),
         ("a step", f"{tokens:,} tokens in {largest.micro_batches} micro-batch{'es' * (largest.micro_batches > 1)} a rank, {scaled(largest.flops)}FLOP on all ranks"),
         ("the run", f"{job.train.steps:,} steps, {job.train.steps * tokens:,} tokens, {scaled(job.train.steps * largest.flops)}FLOP"),

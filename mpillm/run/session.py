@@ -1,5 +1,6 @@
 """From a job to a model that stands on its ranks; from its parameters to a checkpoint's tensors, and back."""
 
+import collections
 import os
 import socket
 import sys
@@ -17,10 +18,11 @@ from ..layout.slab import Slab
 from ..model.shape import Layout, Shape
 from ..model.transformer import Transformer
 from ..layout.agreement import on_root
-from ..layout.node import place_on_node
+from ..layout.node import gather_on_node
 from ..store.checkpoint import load_named
 from .connect import connect
 from ..store.hyperslab import Entry
+from ..train.scaling import LossScale
 
 TYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "float16": np.dtype(np.float16), "bfloat16": np.dtype(bfloat16)}
 
@@ -37,6 +39,38 @@ def shared_job(path, overrides, group):
     """The job of a file, read and checked by rank 0 alone, on every rank."""
     values = on_root(group, UserError, f"{path}: reading", lambda: job_to_dict(read_job(path, overrides)))
     return job_from_dict(values, str(path))
+
+
+def _addresses(name):
+    """(of the GPUs that this rank sees, what is wrong)"""
+    if name == "cpu":
+        return [], None
+    try:
+        from ..backend.cuda.device import addresses
+        found = addresses()
+    except UserError as error:
+        return [], None if name == "auto" else str(error)
+    problem = (f'device = "gpu": no GPU is seen on {socket.gethostname()}; check the driver and CUDA_VISIBLE_DEVICES, or use device "cpu"'
+               if name == "gpu" and not found else None)
+    return found, problem
+
+
+def dealt(seen, rank, sharing):
+    """Which of its GPUs a rank takes, or None where all are taken; with `sharing` the one that fewest have taken.
+
+    Parameters
+    ----------
+    seen : list of lists
+        Addresses of the GPUs that each rank of the node sees: all of them, or those that a launcher bound it to.
+    """
+    taken = collections.Counter()
+    for place, own in enumerate(seen):
+        chosen = min(own, key=taken.__getitem__, default=None)
+        if chosen is not None and taken[chosen] and not sharing:
+            chosen = None
+        if place == rank:
+            return None if chosen is None else own.index(chosen)
+        taken[chosen] += 1
 
 
 def open_device(name, compute="float32", group=Solo()):
@@ -56,28 +90,25 @@ def open_device(name, compute="float32", group=Solo()):
     UserError
         on all ranks alike, where one cannot have its device.
     """
-    ops, problem, where = None, None, None
-    try:
-        rank, _ = place_on_node(group)
-        devices = 0
-        if name != "cpu":
-            from ..backend.cuda.device import count_devices
-            devices = count_devices()
-        on_gpu = name == "gpu" or rank < devices
-        if on_gpu and name != "cpu" and not devices:
-            raise UserError(f'run.device = "{name}": no GPU is seen on {socket.gethostname()}; check the driver and CUDA_VISIBLE_DEVICES, '
-                            'or set run.device = "cpu"')
-        ops = open_backend("gpu" if on_gpu else "cpu", rank % devices if on_gpu else 0, TYPES[compute])
-        where = [socket.gethostname(), ops.device.address] if on_gpu else None
-    except UserError as error:
-        problem = str(error)
-    found = group.collect([problem, where])
-    problem = next((text for text, _ in found if text), None)
+    found, problem = _addresses(name)
+    index = dealt(*gather_on_node(group, found), sharing=name == "gpu")
+    ops = where = None
+    if not problem:
+        try:
+            ops = open_backend("cpu" if index is None else "gpu", index or 0, TYPES[compute])
+            where = None if index is None else (socket.gethostname(), ops.device.address)
+        except UserError as error:
+            problem = str(error)
+    everybody = group.collect((problem, where))
+    problem = next((text for text, _ in everybody if text), None)
     if problem:
         raise UserError(problem)
-    sharing = max((sum(other == place for _, other in found) for _, place in found if place), default=1)
-    if sharing > 1:
-        ops.note = f"{sharing} ranks share one GPU: they take turns, and each has its own copy of the weights"
+    places = collections.Counter(place for _, place in everybody)
+    on_cpu = places.pop(None, 0)
+    if places and max(places.values()) > 1:
+        ops.note = f"{max(places.values())} ranks share one GPU: they take turns, and each has its own copy of the weights"
+    elif places and on_cpu:
+        ops.note = f"{on_cpu} of {group.size} ranks compute on CPUs: there are {len(places)} GPUs for them"
     threads = os.environ.get("OMP_NUM_THREADS", "")
     ops.set_threads(int(threads) if threads.isdigit() and int(threads) else 1)
     return ops
@@ -151,6 +182,9 @@ def check_manifest(checkpoint):
     for key, kind in kinds.items():
         if key not in checkpoint.manifest or not isinstance(checkpoint.manifest[key], kind):
             raise UserError(f"{checkpoint.directory}: its manifest has no {key!r}; expected a checkpoint that `mpillm train` wrote")
+    scale = checkpoint.manifest.get("loss_scale")
+    if scale is not None and not LossScale.could_be(scale):
+        raise UserError(f"{checkpoint.directory}: its manifest has loss_scale {str(scale)[:40]}; expected a power of two and a number of steps")
 
 
 def open_model(path, group, precision=None, mesh=None, device="cpu"):
@@ -176,13 +210,14 @@ def open_model(path, group, precision=None, mesh=None, device="cpu"):
     def make_entries(checkpoint):
         check_manifest(checkpoint)
         values = checkpoint.manifest["job"] | {"mesh": {"zero": 0} | (mesh or {})}
+        values["run"] = values.get("run", {}) | {"device": device}
         if precision:
             values["precision"] = {"compute": precision}
         job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
         sizes = sizes_of(job.mesh, group.size)
         check_layout(job, sizes)
         ops = open_device(device, job.precision.compute, group)
-        ranks, _ = connect(group, ops, job.communication.transport)
+        ranks, _ = connect(group, ops, "auto")
         opened["session"] = build(job, Mesh(ranks, sizes), job.model.vocabulary, ops, recompute="none")
         opened["entries"] = entries(opened["session"].model, moments=False)
         return opened["entries"]

@@ -132,7 +132,8 @@ class Training:
         while self.step < steps and not stopping:
             result = self._one_step()
             stopping = result.flags[0] > 0
-            skips = skips + 1 if result.skipped else 0
+            scale = self.trainer.loss_scale
+            skips = 0 if not result.skipped else skips + (not scale.dynamic or scale.at_its_end)    # a float16 scale may still be too large
             if skips == SKIPS_IN_A_ROW:
                 last = "there is no checkpoint" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
                 return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; {last}")
@@ -178,6 +179,8 @@ class Training:
                 "tokens": self.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
                 "flop_share": self.model.flops_per_token() * tokens / seconds / (self.gemm_rate * self.group.size),
                 "skipped": result.skipped}
+        if self.ops.host is not self.ops:
+            line["memory_bytes"] = self.ops.device.peak_bytes()
         if self.job.model.experts:
             line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
         self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)

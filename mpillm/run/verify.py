@@ -165,15 +165,18 @@ class Comparison:
         return found
 
 
-def compare(job, group):
+def compare(job, group, begin=lambda: None):
     """Runs two steps of the job on all ranks of `group`, and on rank 0 alone; the Report, the same on every rank.
 
     Parameters
     ----------
     job : Job
         As of `in_float64`, with its vocabulary.
+    begin : callable
+        Called when this rank has its device.
     """
     ops, batch = open_device(job.run.device, "float64", group), job.train.batch
+    begin()
     group, _ = connect(group, ops, job.communication.transport)
     mesh = Mesh(group, sizes_of(job.mesh, group.size))
     layout = trainer_of(job, mesh, ops)

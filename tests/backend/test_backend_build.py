@@ -14,7 +14,7 @@ from mpillm.config import UserError
 
 def test_only_the_cpu_is_there():
     assert open_backend("cpu").name == "cpu"
-    with pytest.raises(UserError, match='run.device = "gpu"'):
+    with pytest.raises(UserError, match='device = "gpu"'):
         open_backend("gpu")
 
 

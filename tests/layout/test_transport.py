@@ -20,7 +20,8 @@ pytestmark = pytest.mark.ranks
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float64": np.dtype(np.float64)}
 
 
-def fake_ops(device=None):
+def fake_ops(device=None, reserve=0):
+    """The GPU's operations on a fake device; with so many bytes reserved for each kind of arrays, as `mpillm train` does."""
     from emulator import is_usable
     if not is_usable():
         pytest.skip("no C++ compiler for the emulator")
@@ -29,6 +30,8 @@ def fake_ops(device=None):
     from mpillm.backend.cuda import Cuda
     ops = Cuda(device or FakeDevice())
     ops.library = NumpyLt(ops.device)
+    if reserve:
+        ops.device.reserve(reserve, reserve)
     return ops
 
 
@@ -244,10 +247,11 @@ def test_the_stream_is_waited_for_before_a_message(group, kind):
 
         def _start(self):
             super()._start()
-            self.late, self.finished = [], 0
+            self.late, self.kept_alive, self.finished = [], [], 0
 
-        def do(self, call):
+        def do(self, call, held=()):
             self.late.append(call)
+            self.kept_alive += held
 
         def until(self, number):
             while self.finished < number:

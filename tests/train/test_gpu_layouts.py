@@ -13,6 +13,7 @@ from small_jobs import job_of, steps_of, trainer_of, worst_gradient, worst_of_al
 sys.path.append(str(Path(__file__).resolve().parents[1] / "layout"))
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(200)]
 
+RESERVED = 1 << 25      # bytes, of which places are used again: a graph that knows a dead array's address is found out
 MODEL = {"heads": 4, "width": 16, "kv_heads": 2}
 LAYOUTS = {
     2: [{"dp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2, "zero": 1}, {"cp": 2}, {"cp": 2, "cp_form": "ulysses"}],
@@ -25,7 +26,7 @@ def run(group, layout, kind, mixed, compute, model=MODEL, **train):
     """(gradients and losses of two steps, the trainer) of this rank."""
     from mpillm.layout.device_group import DeviceGroup
     from test_transport import fake_ops
-    ops = open_backend("cpu") if mixed and group.rank % 2 else fake_ops()
+    ops = open_backend("cpu") if mixed and group.rank % 2 else fake_ops(reserve=RESERVED)
     handle = group.handle.Dup()
     ranks = DeviceGroup(handle, "world", ops, kind(ops), mixed)
     job = job_of("gpt" if "kv_heads" not in model else "llama", model=model, mesh={"dp": 1, "zero": 0} | layout, precision={"compute": compute},
@@ -80,13 +81,30 @@ def test_optimizer_state_on_the_host_gives_the_same(group):
         np.testing.assert_allclose(array, two.weights[name][1], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+def test_ranks_of_both_kinds_are_connected(group, monkeypatch):
+    """Every second rank computes on the CPU; one rank of the node asks MPI, and all learn the answer."""
+    if group.size == 1:
+        pytest.skip("one rank is not mixed")
+    from mpillm.config import UserError
+    from mpillm.run import connect
+    from test_transport import fake_ops
+    ops = open_backend("cpu") if group.rank % 2 == 0 else fake_ops()
+    for aware in (True, False):
+        monkeypatch.setattr(connect, "is_cuda_aware", lambda: aware)
+        ranks, line = connect.connect(group, ops, "auto")
+        assert ranks.mixed and isinstance(ranks.transport, Direct if aware else Staged) and ("cuda_aware" if aware else "staged") in line
+        assert ops.to_host(ranks.all_reduce(ops.from_host(np.ones(5, np.float32)))).tolist() == [group.size] * 5
+    with pytest.raises(UserError, match="some ranks have no GPU"):
+        connect.connect(group, ops, "nccl")
+
+
 def test_verify(group, monkeypatch):
     """What `mpillm verify JOB run.device=gpu` does: device ranks against one of them."""
     if group.size == 1:
         pytest.skip("one rank has no layout")
     from mpillm.run import verify
     from test_transport import fake_ops
-    monkeypatch.setattr(verify, "open_device", lambda *arguments: fake_ops())
+    monkeypatch.setattr(verify, "open_device", lambda *arguments: fake_ops(reserve=RESERVED))
     for layout in LAYOUTS[group.size]:
         job = job_of("llama", model=MODEL | {"mlp_width": 15, "vocabulary": 37}, mesh={"dp": 1, "zero": 0} | layout, train={"batch": 7, "micro_batch": 2},
                      communication={"transport": "staged"})

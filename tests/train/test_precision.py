@@ -105,3 +105,16 @@ def test_the_loss_scale_grows_with_patience_and_comes_back_from_a_checkpoint():
     assert LossScale.of(TYPES["float16"]).resumed([8.0, 7]) == LossScale(8.0, 7, True)
     assert LossScale.of(TYPES["float16"]).resumed(None).scale == FIRST
     assert LossScale().resumed([8.0, 7]) == LossScale()
+
+
+@pytest.mark.parametrize("saved, good", [([65536.0, 9], True), ([1, 0], True), ("abc", False), ([8], False), ({"a": 1}, False), ([65536, None], False),
+                                         ([3.0, 1], False), ([2.0**30, 1], False), ([8.0, -1], False), ([True, 1], False), ([float("nan"), 1], False)])
+def test_the_loss_scale_of_a_checkpoint(saved, good):
+    assert LossScale.could_be(saved) == good
+
+
+def test_a_scale_that_may_still_be_too_large_ends_no_run():
+    scale, halvings = LossScale.of("float16"), 0
+    while not scale.at_its_end:
+        scale, halvings = scale.after(True), halvings + 1
+    assert halvings == 16 and scale.after(True) == scale

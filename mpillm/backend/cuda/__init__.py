@@ -84,7 +84,7 @@ class Cuda(AttentionOps, GemmOps, NormOps, OptimizerOps, PointwiseOps, RoutingOp
 
     def put(self, array, host):
         """The array becomes a copy of a NumPy array of its shape, in its type."""
-        target = array if array.flags.c_contiguous and array.dtype == host.dtype else self.device.empty(host.shape, host.dtype)
-        self.device.upload(target, host)
+        target = array if array.flags.c_contiguous else self.device.empty(array.shape, array.dtype)
+        self.device.upload(target, host.astype(array.dtype, copy=False))
         if target is not array:
             self.copy(array, target)

@@ -74,7 +74,7 @@ def load():
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise UserError('run.device = "gpu": no libcublasLt is found; load a CUDA 12 or 13 module, or install the extra gpu-cuda12 or gpu-cuda13')
+    raise UserError('device = "gpu": no libcublasLt is found; load a CUDA 12 or 13 module, or install the extra gpu-cuda12 or gpu-cuda13')
 
 
 class CublasLt:

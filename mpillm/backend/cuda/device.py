@@ -13,7 +13,7 @@ import numpy as np
 from mpillm.backend.arena import Arena
 from mpillm.config import UserError
 
-LARGEST_CONSTANT, NUM_CONSTANTS = 1 << 26, 256      # bytes; arrays remembered by content
+NUM_CONSTANTS = 256                                 # arrays remembered by content
 SHARED_LIMIT = 40 << 10                             # bytes of dynamic shared memory a kernel may use unasked: of 48 K, some are static
 
 
@@ -22,18 +22,17 @@ def import_cupy():
     try:
         import cupy
     except ImportError as error:
-        raise UserError(f'run.device = "gpu" needs CuPy: {error}; install the extra gpu-cuda12 or gpu-cuda13 of mpillm, '
-                        'or set run.device = "cpu"') from None
+        raise UserError(f'device = "gpu" needs CuPy: {error}; install the extra gpu-cuda12 or gpu-cuda13 of mpillm, or use device "cpu"') from None
     return cupy
 
 
-def count_devices():
-    """GPUs that this process sees; 0 without a driver."""
-    cupy = import_cupy()
+def addresses():
+    """Where the GPUs that this process sees are on the PCI bus of its node; [] without a driver."""
+    runtime = import_cupy().cuda.runtime
     try:
-        return cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
+        return [runtime.deviceGetPCIBusId(index) for index in range(runtime.getDeviceCount())]
+    except runtime.CUDARuntimeError:
+        return []
 
 
 class Memory:
@@ -94,7 +93,7 @@ class Device:
             cupy.cuda.Device(index).use()
             properties = self.runtime.getDeviceProperties(index)
         except self.runtime.CUDARuntimeError as error:
-            raise UserError(f'run.device = "gpu": no usable GPU: {error}; load the driver, or set run.device = "cpu"') from None
+            raise UserError(f'device = "gpu": no usable GPU: {error}; load the driver, or use device "cpu"') from None
         self.name, self.multiprocessors = properties["name"].decode(), properties["multiProcessorCount"]
         self.shared_memory, self.address = properties["sharedMemPerBlockOptin"], self.runtime.deviceGetPCIBusId(index)
         capability = f"{properties['major']}{properties['minor']}"
@@ -107,7 +106,8 @@ class Device:
         self.kept, self.activation_memory = Memory(self, self._new_pool()), Memory(self, self._new_pool())
         self.ahead = self._new_pool()
         self.memory, self._workspace, self.capturing = self.kept, {}, False
-        self.kernels, self.constants, self.sent = {}, collections.OrderedDict(), collections.deque()
+        self.kernels, self.sent = {}, collections.deque()
+        self.constants, self.constants_of_graphs = collections.OrderedDict(), set()
 
     @property
     def stream_pointer(self):
@@ -231,17 +231,25 @@ class Device:
         return host
 
     def constant(self, array):
-        """As `from_host`, remembered by content: for small tables that are asked for again and again."""
+        """As `from_host`, in memory that is kept, remembered by content: for tables that are asked for again and again.
+
+        The least recently used of many are forgotten, but for those that graphs read.
+        """
         host = np.ascontiguousarray(array)
-        if host.nbytes > LARGEST_CONSTANT:
-            return self.from_host(host)
         key = host.shape, host.dtype, host.tobytes()
         if key not in self.constants:
             before, self.memory = self.memory, self.kept
             self.constants[key] = self.from_host(host)
             self.memory = before
-            if len(self.constants) > NUM_CONSTANTS:
-                self.constants.popitem(last=False)
+        self.constants.move_to_end(key)
+        if self.capturing:
+            self.constants_of_graphs.add(key)
+        if len(self.constants) > NUM_CONSTANTS:
+            oldest = next(iter(self.constants))
+            if oldest in self.constants_of_graphs:
+                self.constants.move_to_end(oldest)
+            else:
+                del self.constants[oldest]
         return self.constants[key]
 
     # -- kernels ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import functools
 
-
 from mpillm.backend.cuda.cublaslt import BIAS, DEFAULT, GELU_AUX_BIAS, CublasLt, Problem
 
 

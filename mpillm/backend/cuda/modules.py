@@ -32,7 +32,7 @@ def nvrtc():
     try:
         return nvrtc, nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f'run.device = "gpu": NVRTC, the run-time compiler of CUDA, does not load ({error}); load a module with '
+        raise UserError(f'device = "gpu": NVRTC, the run-time compiler of CUDA, does not load ({error}); load a module with '
                         "the CUDA toolkit, or install the extra gpu-cuda12 or gpu-cuda13 of mpillm") from None
 
 
@@ -64,7 +64,7 @@ def cuda_include():
     for folder in [*wheels, *(Path(toolkit) / "include" for toolkit in toolkits)]:
         if (folder / HEADER).exists() and major_version(folder) in (major, None):
             return folder
-    raise UserError(f'run.device = "gpu": {HEADER} of CUDA {major} is not found; load a module with this toolkit, set CUDA_PATH to '
+    raise UserError(f'device = "gpu": {HEADER} of CUDA {major} is not found; load a module with this toolkit, set CUDA_PATH to '
                     f"its folder, or install the extra gpu-cuda{major} of mpillm")
 
 

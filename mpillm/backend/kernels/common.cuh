@@ -106,12 +106,6 @@ __device__ inline int4 bits_of(const P& pack) {
 
 __device__ inline Pack load_pack(const real* from) { return pack_of<Pack>(*reinterpret_cast<const int4*>(from)); }
 __device__ inline void store_pack(real* to, const Pack& pack) { *reinterpret_cast<int4*>(to) = bits_of(pack); }
-__device__ inline Pack load_pack_streaming(const real* from) {
-    return pack_of<Pack>(load_streaming(reinterpret_cast<const int4*>(from)));
-}
-__device__ inline void store_pack_streaming(real* to, const Pack& pack) {
-    store_streaming(reinterpret_cast<int4*>(to), bits_of(pack));
-}
 __device__ inline WidePack load_wide_pack(const wide* from) { return pack_of<WidePack>(*reinterpret_cast<const int4*>(from)); }
 __device__ inline void store_wide_pack(wide* to, const WidePack& pack) { *reinterpret_cast<int4*>(to) = bits_of(pack); }
 __device__ inline WidePack load_wide_pack_streaming(const wide* from) {

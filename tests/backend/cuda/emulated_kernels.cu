@@ -59,7 +59,7 @@ extern "C" __global__ void write(float* y, long long index, long long shared_ind
 extern "C" __global__ void rounded(real* to, const double* from, long long n) {
     Pack pack;
     for (int j = 0; j < PACK; ++j) pack.at[j] = convert<real>(from[thread() * PACK + j]);
-    if (thread() * PACK < n) store_pack_streaming(to + thread() * PACK, pack);
+    if (thread() * PACK < n) store_pack(to + thread() * PACK, pack);
 }
 
 extern "C" __global__ void steps(float* y, long long count) {

@@ -62,10 +62,10 @@ class Stream:
 
 
 class Graph:
-    """Recorded work, and the memory taken meanwhile, which stays with the graph as on a GPU."""
+    """Recorded work. Of reserved memory it knows addresses only, as on a GPU: whose it is when it is launched, nobody asks."""
 
     def __init__(self):
-        self.work, self.blocks = [], []
+        self.work, self.blocks = [], []     # blocks: memory taken meanwhile, where none is reserved
 
     def launch(self):
         for call in self.work:
@@ -107,7 +107,8 @@ class FakeDevice(Device):
         return array
 
     def clear(self, array):
-        self.do(lambda: ctypes.memset(array.data.ptr, 0, array.nbytes))
+        pointer, size, held = array.data.ptr, array.nbytes, self.held(array)
+        self.do(lambda: ctypes.memset(pointer, 0, size), held)
 
     def pinned(self, size):
         return np.full(size, NAN, np.uint8)
@@ -115,15 +116,22 @@ class FakeDevice(Device):
     def copy_to_host_start(self, host, array):
         assert array.flags.c_contiguous
         self.check("a copy to the host", [array])
-        self.do(lambda: ctypes.memmove(host.ctypes.data, array.data.ptr, array.nbytes))
+        pointer, size, held = array.data.ptr, array.nbytes, self.held(array)
+        self.do(lambda: ctypes.memmove(host.ctypes.data, pointer, size), held)
 
     def copy_from_host_start(self, array, host, stream=None):
         assert array.flags.c_contiguous
-        self.do(lambda: ctypes.memmove(array.data.ptr, host.ctypes.data, array.nbytes))
+        pointer, size, held = array.data.ptr, array.nbytes, self.held(array)
+        self.do(lambda: ctypes.memmove(pointer, host.ctypes.data, size), held)
+
+    def held(self, *arrays):
+        """What work keeps until it is done: arrays on memory of their own; reserved memory stays."""
+        blocks = [self.pool.blocks.get(array.data.mem.ptr) for array in arrays]
+        return [array for array, block in zip(arrays, blocks) if block is not None and block.size == array.data.mem.size]
 
     def launch(self, file, kernel, dtype, grid, block, args, shared=0, **defines):
         settings = KERNELS / f"{file}.cu", kernel, np.dtype(dtype).name, grid, block
-        arrays = [arg for arg in args if isinstance(arg, self.cupy.ndarray)]
+        arrays = self.held(*(arg for arg in args if isinstance(arg, self.cupy.ndarray)))
         plain = [0 if arg is None else arg.data.ptr if isinstance(arg, self.cupy.ndarray) else arg for arg in args]
         for arg in plain:
             if type(arg) not in (int, float):   # CuPy passes NumPy's numbers in their own size
@@ -133,7 +141,7 @@ class FakeDevice(Device):
             launch(*settings, plain, shared, tuple(sorted(defines.items())))
             self.check(f"{kernel} of {file}.cu", arrays)
 
-        self.do(call)
+        self.do(call, arrays)
 
     def check(self, what, arrays):
         """Nobody has written outside of these arrays' memory."""
@@ -142,12 +150,13 @@ class FakeDevice(Device):
             if block is not None and not block.is_whole():
                 raise KernelError(f"{what}: bytes before or behind an array {array.shape} of {array.dtype} were written")
 
-    def do(self, call):
-        """Does it, or records it."""
+    def do(self, call, held=()):
+        """Does it, or records it, with what has to be there until then."""
         if self.recording is None:
             call()
         else:
             self.recording.work.append(call)
+            self.recording.blocks += held
 
     def record(self, stream=None):
         return self.stream

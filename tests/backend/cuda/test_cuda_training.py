@@ -20,6 +20,20 @@ FAMILIES = {
 TOLERANCES = {"float64": 1e-11, "float32": 2e-4}
 
 
+RESERVED = 1 << 25      # bytes
+
+
+@pytest.fixture
+def reserved(cuda):
+    """A device of its own, with memory reserved as `mpillm train` does: what a graph thinks to be there may be another array."""
+    from mpillm.backend.cuda import Cuda
+    ops = Cuda(type(cuda.device)() if cuda.device.name == "emulator" else type(cuda.device)(0))
+    if cuda.device.name == "emulator":
+        ops.library = type(cuda.library)(ops.device)
+    ops.device.reserve(RESERVED, RESERVED)
+    return ops
+
+
 def trainer_on(ops, name, compute, **train):
     sections = {key: dict(value) if isinstance(value, dict) else value for key, value in FAMILIES[name].items()}
     trainer = trainer_of(job_of(precision={"compute": compute}, train={"batch": 3, **train}, **sections), ops=ops)
@@ -44,10 +58,10 @@ def test_two_steps_are_those_of_the_cpu(cuda, name, compute):
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
-def test_equal_bits_from_run_to_run_and_with_graphs(cuda, compute):
+def test_equal_bits_from_run_to_run_and_with_graphs(reserved, compute):
     """Five micro-batches a step: the first two of their kind run as they are, the others by graphs."""
     def trace(graphs):
-        trainer = trainer_on(cuda, "gpt", compute, batch=5, micro_batch=1)
+        trainer = trainer_on(reserved, "gpt", compute, batch=5, micro_batch=1)
         trainer.pipeline.recorded.possible &= graphs
         found = steps_of(trainer, 3)
         return found, len(trainer.pipeline.recorded.passes)
@@ -81,3 +95,64 @@ def test_a_graph_takes_new_data_and_a_new_loss_scale(cuda):
         other.train_step(step, Source(), 4 * step)
     last = trainer.train_step(4, Source(), 16).loss
     np.testing.assert_allclose(last, other.train_step(4, Source(), 16).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_array_of_a_pass_outlives_it(reserved, name):
+    """But for the loss that a graph writes: a graph of another model, made before, would write over it."""
+    trainer = trainer_on(reserved, name, "float32", batch=5, micro_batch=2)
+    steps_of(trainer, 3, keep_gradients=False)
+    arena, recorded = reserved.device.activation_memory.arena, trainer.pipeline.recorded.passes.values()
+    assert arena.capacity - sum(arena.sizes) == 512 * sum(each is not None for each in recorded)
+
+
+def test_two_models_of_one_device(reserved):
+    """As `verify` has them: what one keeps is not what a graph of the other, made before, may write over."""
+    trainers = [trainer_on(reserved, "llama", "float32", batch=5, micro_batch=1) for _ in range(2)]
+    traces = [[], []]
+    for step in (1, 2, 3):
+        for trainer, trace in zip(trainers, traces):
+            trace.append(trainer.train_step(step, Source(), 5 * (step - 1)).loss)
+    assert traces[0] == traces[1]
+
+
+def test_constants_of_graphs_stay(cuda):
+    device, first = cuda.device, np.arange(3) + 0.5
+    address = cuda.constant(np.arange(4)).data.ptr
+    device.capturing = True
+    cuda.constant(np.arange(4))
+    device.capturing = False
+    cuda.constant(first)
+    for number in range(600):
+        cuda.constant(np.full(2, number))
+    assert len(device.constants) <= 256 + len(device.constants_of_graphs) and (first.shape, first.dtype, first.tobytes()) not in device.constants
+    assert cuda.constant(np.arange(4)).data.ptr == address
+
+
+@pytest.mark.parametrize("sections", [{}, {"precision": {"compute": "bfloat16"}}, {"train": {"offload": "optimizer"}},
+                                      {"precision": {"compute": "bfloat16"}, "train": {"offload": "optimizer"}}, {"model": {"dropout": 0.1}},
+                                      {"model": {"family": "llama", "kv_heads": 1}, "train": {"recompute": "block"}}], ids=str)
+def test_the_plan_is_what_a_step_takes(reserved, sections):
+    from mpillm.config import job_from_dict
+    from mpillm.layout.comm import Solo
+    from mpillm.layout.mesh import AXES, Mesh
+    from mpillm.run.plan import needs
+    from mpillm.run.session import build
+    from mpillm.text.batches import RandomBatches
+    from mpillm.train.gradients import Gradients
+    from mpillm.train.optimizer import AdamW
+    from mpillm.train.step import Trainer
+    values = {"model": {"family": "gpt", "layers": 3, "width": 32, "heads": 2, "context": 32, "vocabulary": 600}, "data": {"train": "random"},
+              "mesh": {"zero": 1}, "train": {"steps": 9, "batch": 4, "micro_batch": 2}, "run": {"name": "x", "device": "gpu"}}
+    for section, entries in sections.items():
+        values[section] = values.get(section, {}) | entries
+    job, device = job_from_dict(values, "test"), reserved.device
+    plan = needs(job, dict.fromkeys((*AXES, "ep"), 1), 600)
+    session = build(job, Mesh(Solo(), {}), 600, reserved)
+    session.model.initialize()
+    trainer = Trainer(reserved, session.model, Gradients(reserved, session.model.buckets), AdamW(reserved, session.model.buckets, job.optimizer), session.mesh, job)
+    for step in (1, 2, 3):
+        trainer.train_step(step, RandomBatches(600, 32, 1), 4 * (step - 1))
+    constants = sum(-(-array.nbytes // 512) * 512 for array in device.constants.values())
+    assert plan.kept <= device.kept.arena.peak <= plan.kept + constants + 8192      # and losses, scales, batches of graphs
+    assert plan.activations <= device.activation_memory.arena.peak <= plan.activations + 4096
