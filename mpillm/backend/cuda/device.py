@@ -107,7 +107,7 @@ class Device:
         self.ahead = self._new_pool()
         self.memory, self._workspace, self.capturing = self.kept, {}, False
         self.kernels, self.sent = {}, collections.deque()
-        self.constants, self.constants_of_graphs = collections.OrderedDict(), set()
+        self.constants, self.constants_of_graphs = collections.OrderedDict(), {}
 
     @property
     def stream_pointer(self):
@@ -237,20 +237,20 @@ class Device:
         """
         host = np.ascontiguousarray(array)
         key = host.shape, host.dtype, host.tobytes()
+        if key in self.constants_of_graphs:
+            return self.constants_of_graphs[key]
         if key not in self.constants:
             before, self.memory = self.memory, self.kept
             self.constants[key] = self.from_host(host)
             self.memory = before
-        self.constants.move_to_end(key)
+        found = self.constants[key]
         if self.capturing:
-            self.constants_of_graphs.add(key)
-        if len(self.constants) > NUM_CONSTANTS:
-            oldest = next(iter(self.constants))
-            if oldest in self.constants_of_graphs:
-                self.constants.move_to_end(oldest)
-            else:
-                del self.constants[oldest]
-        return self.constants[key]
+            self.constants_of_graphs[key] = self.constants.pop(key)
+        else:
+            self.constants.move_to_end(key)
+            if len(self.constants) > NUM_CONSTANTS:
+                self.constants.popitem(last=False)
+        return found
 
     # -- kernels ------------------------------------------------------------------------------------------------
 
