@@ -72,7 +72,7 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x, self.turn)
         logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
 
 class HuggingFace(nn.Module):
@@ -90,7 +90,7 @@ class HuggingFace(nn.Module):
 
     def forward(self, ids, targets):
         logits = self.model(input_ids=ids).logits
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
 
 class Peer:

@@ -4,7 +4,7 @@ from mpillm.backend.types import wide_of
 
 BLOCK, BLOCK_WARPS, PARTS_BLOCK = 256, 8, 1024
 GENERAL_WAVES = 16          # blocks of a multiprocessor at most
-BACKWARD_WAVES = {1: 3, 2: 3, 3: 2, 4: 1, 8: 1}     # by PACKS: as many as have room at a time, as each leaves sums of columns
+BACKWARD_WAVES = {1: 3, 2: 3, 3: 2, 4: 1, 8: 1}     # by PACKS: about as many as have room at a time, as each leaves sums of columns
 # (WARPS, PACKS) of norm.cuh: the first that has room for a row is taken. More warps a row wait for each other, and the
 # backward has no registers for many packs.
 FORWARD = (1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 8), (4, 8), (8, 8)

@@ -7,6 +7,9 @@
 
 constexpr int BLOCK_WARPS = 8;
 
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }    // rounded, not a part of an FMA: the difference
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }  // of two equal ones is 0
+
 #if PACKS > 0
 constexpr int GROUPS = BLOCK_WARPS / WARPS;  // of warps that share a row
 
@@ -118,29 +121,24 @@ extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 4 : 2)
 #endif
 
 #if WARPS == 8 || PACKS <= 3
-__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }    // rounded, not a part of an FMA: the difference
-__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }  // of two equal ones is 0
-
 template <bool whole>
 __device__ inline void backward_rows(wide (&dweight)[PACKS][PACK], wide (&dbias)[PACKS][PACK], real* dx, const real* dy, const real* x,
                                      const real* residual, const real* weight, const wide* mean, const wide* rstd, long long rows,
                                      long long width) {
     const Lane own(width);
     const wide share = wide(1) / wide(width);
-    const long long step = (long long)gridDim.x * GROUPS;
-    Pack slopes[PACKS], values[PACKS];
-    auto load = [&](long long row) {
-        if (row >= rows) return;
-        own.load<whole>(slopes, dy + row * width);
-        own.load<whole>(values, x + row * width);
-    };
-    load((long long)blockIdx.x * GROUPS + warp() / WARPS);
-    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += step) {
+    for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
         const long long row = base + warp() / WARPS;
         const bool there = row < rows;
+        Pack slopes[PACKS], values[PACKS], others[PACKS];
         wide scale = 0, centre = 0, sums[2] = {0, 0};
-        if (there) scale = rstd[row];
-        if (CENTRED && there) centre = mean[row];
+        if (there) {
+            own.load<whole>(slopes, dy + row * width);
+            own.load<whole>(values, x + row * width);
+            if (residual) own.load<whole>(others, residual + row * width);
+            scale = rstd[row];
+            if (CENTRED) centre = mean[row];
+        }
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
             if (!there || !own.has<whole>(i)) continue;
@@ -158,31 +156,29 @@ __device__ inline void backward_rows(wide (&dweight)[PACKS][PACK], wide (&dbias)
                 sums[1] += slope[j] * normed[j];
             }
         }
-        load(row + step);  // on its way while this row, out of the cache, is done
         row_sums(sums);
         const wide offset = -sums[0] * share, tilt = -sums[1] * share;
 #pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
+        for (int i = 0; i < PACKS; ++i) {  // what the sums were made of is made again: there are no registers to keep it
             if (!there || !own.has<whole>(i)) continue;
-            const long long at = row * width + own.column(i);
             wide w[PACK], slope[PACK], normed[PACK];
             widen_pack(w, load_pack(weight + own.column(i)));
-            widen_pack(slope, load_pack(dy + at));
-            widen_pack(normed, load_pack(x + at));
+            widen_pack(slope, slopes[i]);
+            widen_pack(normed, values[i]);
 #pragma unroll
             for (int j = 0; j < PACK; ++j) slope[j] = (product(slope[j], w[j]) + offset + (normed[j] - centre) * scale * tilt) * scale;
             if (residual) {
-                widen_pack(normed, load_pack(residual + at));
+                widen_pack(normed, others[i]);
 #pragma unroll
                 for (int j = 0; j < PACK; ++j) slope[j] += normed[j];
             }
-            store_pack(dx + at, round_pack(slope));
+            store_pack(dx + row * width + own.column(i), round_pack(slope));
         }
     }
 }
 
 // dx, and in parts (gridDim.x, CENTRED + 1, width) the sums over this block's rows for dweight and dbias.
-extern "C" __global__ void __launch_bounds__(256, PACKS <= 2 ? 3 : PACKS == 3 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(256, PACKS <= 3 ? 2 : 1)
     backward(real* dx, wide* parts, const real* dy, const real* x, const real* residual, const real* weight, const wide* mean, const wide* rstd,
              long long rows, long long width) {
     DYNAMIC_SHARED(memory);  // (GROUPS, width) wide
@@ -247,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(256) backward(real* dx, const real*
         const wide scale = rstd[row], centre = CENTRED ? mean[row] : wide(0);
         wide sum = 0, tilt = 0;
         for (long long c = lane(); c < width; c += 32) {
-            const wide dnormed = to_wide(dy[start + c]) * to_wide(weight[c]);
+            const wide dnormed = product(to_wide(dy[start + c]), to_wide(weight[c]));
             sum += dnormed;
             tilt += dnormed * (to_wide(x[start + c]) - centre) * scale;
         }
@@ -255,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(256) backward(real* dx, const real*
         tilt = warp_sum(tilt) / width;
         for (long long c = lane(); c < width; c += 32) {
             const wide normed = (to_wide(x[start + c]) - centre) * scale;
-            wide value = scale * (to_wide(dy[start + c]) * to_wide(weight[c]) - sum - normed * tilt);
+            wide value = scale * (product(to_wide(dy[start + c]), to_wide(weight[c])) - sum - normed * tilt);
             if (residual) value += to_wide(residual[start + c]);
             dx[start + c] = to_real(value);
         }
