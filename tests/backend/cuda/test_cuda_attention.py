@@ -29,6 +29,12 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def own(cuda, monkeypatch):
+    """Our kernels, where cuDNN's would be taken too (test_cuda_cudnn.py)."""
+    monkeypatch.setattr(cuda, "sdpa", None)
+
+
 def parts(x, heads, kv):
     """Views of queries, keys and values of one buffer (B, T, H + 2 K, D)."""
     return x[:, :, :heads], x[:, :, heads:heads + kv], x[:, :, heads + kv:]
