@@ -12,7 +12,6 @@ TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}      # cudaDa
 COMPUTE_32F, COMPUTE_32F_FAST_TF32, COMPUTE_64F = 68, 77, 70            # cublasComputeType_t
 DEFAULT, BIAS, GELU_AUX_BIAS = 1, 4, 164                                # cublasLtEpilogue_t
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 26     # cublasLtMatmulDescAttributes_t
-BATCH_COUNT, BATCH_STRIDE = 5, 6                                        # cublasLtMatrixLayoutAttribute_t
 MAX_WORKSPACE, REDUCTION_SCHEMES, ALIGNMENT_A = 1, 3, 5                 # cublasLtMatmulPreferenceAttributes_t; B, C, D follow A
 ORDERED_REDUCTIONS = 2 | 4      # splits of k are summed in the workspace, in an order of their own, not in the output as they come
 NOT_SUPPORTED = 15              # cublasStatus_t
@@ -36,8 +35,6 @@ class Problem(NamedTuple):
     epilogue: int = DEFAULT
     tf32: bool = False
     alignments: tuple = (16, 16, 16)    # bytes by which the addresses of A, B, D can be divided, at most 256
-    batch: int = 1
-    strides: tuple = (0, 0, 0)          # elements from product to product of A, B, D
 
 
 class HeuristicResult(ctypes.Structure):
@@ -145,21 +142,17 @@ class CublasLt:
         if p.epilogue == GELU_AUX_BIAS:
             self._set(setter, desc, AUX_LD, ctypes.c_int64(p.ldd))
             aux = ctypes.c_void_p(0)
-        layouts = (self._layout(p, p.dtype, *((p.k, p.m) if p.a_transposed else (p.m, p.k)), p.lda, p.strides[0]),
-                   self._layout(p, p.dtype, *((p.n, p.k) if p.b_transposed else (p.k, p.n)), p.ldb, p.strides[1]),
-                   self._layout(p, p.out_dtype, p.m, p.n, p.ldd, p.strides[2]))
+        layouts = (self._layout(p.dtype, *((p.k, p.m) if p.a_transposed else (p.m, p.k)), p.lda),
+                   self._layout(p.dtype, *((p.n, p.k) if p.b_transposed else (p.k, p.n)), p.ldb),
+                   self._layout(p.out_dtype, p.m, p.n, p.ldd))
         algo = self._algorithm(p, desc, layouts)
         return None if algo is None else Plan(desc, layouts, algo, ctypes.pointer(number(1)), ctypes.pointer(number(p.accumulate)), bias, aux)
 
-    def _layout(self, problem, dtype, rows, columns, ld, stride):
+    def _layout(self, dtype, rows, columns, ld):
         layout = ctypes.c_void_p()
         status = self.library.cublasLtMatrixLayoutCreate(ctypes.byref(layout), TYPES[dtype], ctypes.c_uint64(rows), ctypes.c_uint64(columns),
                                                          ctypes.c_int64(ld))
         self._check(status, "cublasLtMatrixLayoutCreate")
-        if problem.batch > 1:
-            setter = self.library.cublasLtMatrixLayoutSetAttribute
-            self._set(setter, layout, BATCH_COUNT, ctypes.c_int32(problem.batch))
-            self._set(setter, layout, BATCH_STRIDE, ctypes.c_int64(stride))
         return layout
 
     def _algorithm(self, problem, desc, layouts):

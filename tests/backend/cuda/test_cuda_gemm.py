@@ -102,3 +102,13 @@ def test_padded_rows(cuda, kind):
     assert logits.shape == (6, 37) and logits.strides[0] % 128 == 0
     cuda.matmul(cuda.from_host(x), cuda.from_host(table).T, out=logits)
     same(cuda.to_host(logits), x.astype(np.float64) @ table.astype(np.float64).T, tolerance)
+
+
+def test_tf32_rounds_only_where_it_is_asked_for(cuda, monkeypatch):
+    asked, run = [], cuda.library.run
+    monkeypatch.setattr(cuda.library, "run", lambda problem, *rest: asked.append(problem.tf32) or run(problem, *rest))
+    a, b = random(0, 64, 128, dtype=np.float32), random(1, 128, 32, dtype=np.float32)
+    for tf32 in (False, True):
+        monkeypatch.setattr(cuda, "tf32", tf32)
+        same(cuda.to_host(cuda.matmul(cuda.from_host(a), cuda.from_host(b))), a.astype(np.float64) @ b, 2e-3 if tf32 else 1e-5)
+    assert asked == [False, True]
