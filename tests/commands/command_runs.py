@@ -43,7 +43,7 @@ def launcher():
 
 def environment():
     values = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    values |= ALLOWED | THREADS | {"PYTHONPATH": str(ROOT)}
+    values |= ALLOWED | THREADS | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}     # no GPU, whatever the machine has
     return values | (WHEEL if str(launcher()).startswith(str(Path(sys.executable).parent)) else {})
 
 

@@ -64,17 +64,6 @@ def test_the_flight_recorder_enters_a_call_before_it_starts(group):
     assert "broadcast over broken [3] float64: not finished" in JOURNAL.last_calls(1)[0]
 
 
-@pytest.mark.ranks
-def test_the_device_is_synchronized_before_a_call(group):
-    if group.size == 1:
-        pytest.skip("needs ranks")
-    waits = []
-    watched = Group(group.handle, "watched", lambda: waits.append(len(JOURNAL.calls) and JOURNAL.calls[-1].group))
-    watched.all_reduce(np.zeros(2))
-    watched.barrier()
-    assert len(waits) == 2 and waits[0] != "watched"
-
-
 def test_the_flight_recorder_forgets_the_oldest():
     journal = Journal()
     for _ in range(RECORD_LENGTH + 10):
