@@ -26,9 +26,9 @@ class Recorded:
     def __init__(self, ops, model):
         self.ops, self.model, self.passes = ops, model, {}
         mesh, shape = model.mesh, model.shape
-        self.matrices = [parameter for parameter in model.parameters() if len(parameter.shape) > 1]
         self.possible = (ops.capture is not None and not shape.experts and len(model.parts) == 1
                          and all(mesh.size(axis) == 1 for axis in ("tp", "cp", "pp")))
+        self.matrices = [parameter for parameter in model.parameters() if len(parameter.shape) > 1] if self.possible else []
 
     def takes(self, batch):
         """Whether graphs may run this micro-batch."""
