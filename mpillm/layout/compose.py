@@ -20,7 +20,6 @@ class Rule(NamedTuple):
     broken: object
 
 
-WIDEST_HEAD, MOST_CHOICES = 256, 32     # of the kernels of a GPU
 FEATURES = ("dp", "tp", "sequence", "pp", "interleaved", "zero_bubble", "cp ring", "cp ulysses", "ep", "ZeRO 1-3", "recompute")
 
 
@@ -131,10 +130,12 @@ def _of_gpus(job, sizes):
     model, width = job.model, job.model.width // job.model.heads
     if job.run.device == "cpu":
         return
-    if width > WIDEST_HEAD:
-        yield f'run.device = "{job.run.device}": heads are {width} wide, at most {WIDEST_HEAD} on a GPU; raise model.heads to {-(-model.width // WIDEST_HEAD)} or more'
-    if model.experts and model.experts_per_token > MOST_CHOICES:
-        yield f'run.device = "{job.run.device}": model.experts_per_token={model.experts_per_token}, at most {MOST_CHOICES} on a GPU'
+    from ..backend.cuda.attention import WIDEST
+    from ..backend.cuda.routing import MOST_CHOSEN
+    if width > WIDEST:
+        yield f'run.device = "{job.run.device}": heads are {width} wide, at most {WIDEST} on a GPU; raise model.heads to {-(-model.width // WIDEST)} or more'
+    if model.experts and model.experts_per_token > MOST_CHOSEN:
+        yield f'run.device = "{job.run.device}": model.experts_per_token={model.experts_per_token}, at most {MOST_CHOSEN} on a GPU'
     if job.communication.transport == "nccl" and sizes["pp"] > 1:
         yield (f'communication.transport = "nccl": with pp={sizes["pp"]} stages that send to each other at once would wait for ever, as NCCL takes '
                'messages in order; use "auto", or pp = 1')

@@ -48,9 +48,8 @@ class Needs(NamedTuple):
         """The setting that would free the most, in words."""
         state = 0 if self.offloaded else self.masters + self.moments
         if self.activations > self.values + state + self.gradients:
-            share = -(-job.train.batch // sizes["dp"])
-            if (job.train.micro_batch or share) > 1:
-                return f"lower train.micro_batch ({min(job.train.micro_batch or share, share)} here)"
+            if _micro_batch(job, sizes) > 1:
+                return f"lower train.micro_batch ({_micro_batch(job, sizes)} here)"
             return 'set train.recompute = "block"' if job.train.recompute != "block" else "raise mesh.tp, mesh.cp or mesh.pp"
         if sizes["dp"] * sizes["cp"] > 1 and job.mesh.zero < 3:
             return f"raise mesh.zero ({job.mesh.zero} here)"
@@ -62,6 +61,12 @@ class Needs(NamedTuple):
     def sent(self):
         """Bytes of a step."""
         return sum(entry.bytes for entry in self.traffic.values())
+
+
+def _micro_batch(job, sizes):
+    """Sequences of a pass."""
+    share = -(-job.train.batch // sizes["dp"])
+    return min(job.train.micro_batch or share, share)
 
 
 def reserve(job, sizes, vocabulary, ops, group):
@@ -94,8 +99,7 @@ def _scratch(job, sizes, ops):
     heads, kv_heads = model.heads // sizes["tp"], max(1, (model.kv_heads or model.heads) // sizes["tp"])
     if ops.sdpa is None or sizes["cp"] > 1 or model.dropout or job.precision.compute not in ("bfloat16", "float16") or model.context < 2:
         return found
-    share = -(-job.train.batch // sizes["dp"])
-    return found + ops.sdpa.scratch(min(job.train.micro_batch or share, share), model.context, heads, kv_heads, model.width // model.heads,
+    return found + ops.sdpa.scratch(_micro_batch(job, sizes), model.context, heads, kv_heads, model.width // model.heads,
                                     job.precision.compute)
 
 

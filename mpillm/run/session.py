@@ -216,7 +216,7 @@ def open_model(path, group, precision=None, mesh=None, device="cpu"):
         job = job_from_dict(values, f"{checkpoint.directory}: the job in the manifest")
         sizes = sizes_of(job.mesh, group.size)
         check_layout(job, sizes)
-        ops = open_device(device, job.precision.compute, group)
+        ops = open_device(job.run.device, job.precision.compute, group)
         ranks, _ = connect(group, ops, "auto")
         opened["session"] = build(job, Mesh(ranks, sizes), job.model.vocabulary, ops, recompute="none")
         opened["entries"] = entries(opened["session"].model, moments=False)

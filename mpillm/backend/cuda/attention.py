@@ -38,19 +38,22 @@ def queries_of_tile(device, width):
                  if shared_bytes("backward_keys", width, queries) <= device.shared_memory), None)
 
 
+def is_packed(views):
+    """Whether every row of a head begins at 16 bytes."""
+    return all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views)
+
+
 def is_tiled(views, dropout):
     """Whether tensor cores can do attention of these (B, T, H, D) views: 16-bit floats that begin at 16 bytes, no dropout."""
     q = views[0]
-    return (dropout is None and q.itemsize == 2 and q.shape[3] in TILED and q.shape[1] >= FEWEST
-            and all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views))
+    return dropout is None and q.itemsize == 2 and q.shape[3] in TILED and q.shape[1] >= FEWEST and is_packed(views)
 
 
 def packs_of_row(views):
     """Packs of a head's row, where attention_decode.cu can do these views: 4, 8, 16 or 32; else 0."""
     q = views[0]
     packs, rest = divmod(q.shape[3] * q.itemsize, 16)
-    aligned = all(x.data.ptr % 16 == 0 and all(stride % 16 == 0 for stride in x.strides[:3]) for x in views)
-    return packs if aligned and not rest and packs in (4, 8, 16, 32) else 0
+    return packs if not rest and packs in (4, 8, 16, 32) and is_packed(views) else 0
 
 
 class AttentionOps:

@@ -87,18 +87,8 @@ extern "C" __global__ void __launch_bounds__(256) sum_rows(const real* dy, long 
     }
 }
 
-// sums (width) += column sums of parts (count, width), in the order of the parts: 32 parts of them by 32 warps.
+// sums (width) += column sums of parts (count, width), in the order of the parts.
 extern "C" __global__ void __launch_bounds__(1024) add_parts(wide* sums, const wide* parts, long long count, long long width) {
     __shared__ wide found[32][32];
-    const long long column = (long long)blockIdx.x * 32 + lane();
-    wide sum = 0;
-    if (column < width)
-        for (long long part = warp(); part < count; part += num_warps()) sum += parts[part * width + column];
-    found[warp()][lane()] = sum;
-    __syncthreads();
-    if (warp() == 0 && column < width) {
-        sum = sums[column];
-        for (int i = 0; i < num_warps(); ++i) sum += found[i][lane()];
-        sums[column] = sum;
-    }
+    add_column_parts(sums, parts, count, width, width, found);
 }

@@ -219,6 +219,23 @@ __device__ inline T block_sum(T x, T* scratch) {
     return x;
 }
 
+// target (width) += the sums over parts, `stride` elements from one to the next, in their order: 32 parts of them by the 32
+// warps of a block, which does 32 columns. found: shared memory.
+__device__ inline void add_column_parts(wide* target, const wide* parts, long long count, long long stride, long long width,
+                                        wide (&found)[32][32]) {
+    const long long column = (long long)blockIdx.x * 32 + lane();
+    wide sum = 0;
+    if (column < width)
+        for (long long part = warp(); part < count; part += num_warps()) sum += parts[part * stride + column];
+    found[warp()][lane()] = sum;
+    __syncthreads();
+    if (warp() == 0 && column < width) {
+        sum = target[column];
+        for (int i = 0; i < num_warps(); ++i) sum += found[i][lane()];
+        target[column] = sum;
+    }
+}
+
 template <class T>
 __device__ inline T block_max(T x, T* scratch) {
     x = warp_max(x);

@@ -277,16 +277,5 @@ extern "C" __global__ void __launch_bounds__(256) column_sums(wide* parts, const
 // dweight, dbias (width) += the sums over parts (count, CENTRED + 1, width), in the order of the parts; block row 0 and 1.
 extern "C" __global__ void __launch_bounds__(1024) add_parts(wide* dweight, wide* dbias, const wide* parts, long long count, long long width) {
     __shared__ wide found[32][32];
-    const long long column = (long long)blockIdx.x * 32 + lane();
-    wide sum = 0;
-    if (column < width)
-        for (long long part = warp(); part < count; part += num_warps()) sum += parts[(part * (CENTRED + 1) + blockIdx.y) * width + column];
-    found[warp()][lane()] = sum;
-    __syncthreads();
-    if (warp() == 0 && column < width) {
-        wide* target = (blockIdx.y ? dbias : dweight) + column;
-        sum = *target;
-        for (int i = 0; i < num_warps(); ++i) sum += found[i][lane()];
-        *target = sum;
-    }
+    add_column_parts(blockIdx.y ? dbias : dweight, parts + blockIdx.y * width, count, (CENTRED + 1) * width, width, found);
 }
