@@ -20,6 +20,7 @@ no call carries more than `MAX_COUNT` elements (Open MPI 5.0 refuses counts abov
 entered in the journal before it starts.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import numpy as np
 
 from .journal import JOURNAL
 from .launcher import launched
+from .pending import Pending
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
@@ -67,47 +69,6 @@ def chunks(array, most=MAX_COUNT):
     if not np.shares_memory(flat, array) and array.size:
         raise ValueError("communication needs a contiguous array")
     return [flat[start:start + most] for start in range(0, flat.size, most)]
-
-
-class Pending:
-    """A started call; `test()` drives it on and tells whether it is done, `wait()` returns when it is.
-
-    Parameters
-    ----------
-    requests : list of MPI requests
-    call : Call
-    stages : callables
-        Each runs when the requests before it are done, and may return further requests.
-    kept : object
-        Arrays that MPI still reads or writes.
-    """
-
-    def __init__(self, requests, call, stages=(), kept=None):
-        self.requests, self.call, self.stages, self.kept = requests, call, list(stages), kept
-
-    def _next_stage(self):
-        if self.stages:
-            self.requests = self.stages.pop(0)() or []
-            return True
-        if self.call.seconds is None:
-            self.call.done()
-        return False
-
-    def test(self):
-        while True:
-            self.requests = [request for request in self.requests if not request.Test()]
-            if self.requests:
-                return False
-            if not self._next_stage():
-                return True
-
-    def wait(self):
-        while True:
-            for request in self.requests:
-                request.Wait()
-            self.requests = []
-            if not self._next_stage():
-                return
 
 
 class Solo:
@@ -155,6 +116,9 @@ class Solo:
 
     def barrier(self):
         pass
+
+    def outside(self, operation):
+        return contextlib.nullcontext()
 
     def share(self, value, root=0):
         return json.loads(json.dumps(value))
@@ -388,6 +352,15 @@ class Group:
         self.handle.Barrier()
         call.done()
 
+    @contextlib.contextmanager
+    def outside(self, operation):
+        """A block in which all ranks call MPI by other means than this class, such as a library: noted as one call."""
+        call = self._begin(operation, None)
+        try:
+            yield
+        finally:
+            call.done()
+
     # Small control values travel as JSON, so no rank ever runs what another sent.
 
     def share(self, value, root=0):
@@ -415,7 +388,8 @@ class Group:
 
     def split(self, color, key, name):
         """The group of the ranks that give the same `color`, in the order of `key`."""
-        handle = self.handle.Split(color, key)
+        with self.outside("split"):
+            handle = self.handle.Split(color, key)
         if handle.Get_size() == 1:
             handle.Free()
             return Solo()

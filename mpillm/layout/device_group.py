@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from .comm import Group, Pending, extent, in_messages, is_half, ranges_of
+from .comm import Group, extent, in_messages, is_half, ranges_of
+from .pending import Pending
 from .slab import cut
 
 
@@ -21,6 +22,8 @@ class PendingOnDevice(Pending):
         self.transport = transport
 
     def wait(self):
+        if self.requests or self.stages:
+            self.expect()
         while True:
             self.transport.wait(self.requests)
             self.requests = []

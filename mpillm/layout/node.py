@@ -7,8 +7,9 @@ def gather_on_node(group, value):
         return [value], 0
     from mpi4py import MPI
 
-    node = group.handle.Split_type(MPI.COMM_TYPE_SHARED)
-    try:
-        return node.allgather(value), node.Get_rank()
-    finally:
-        node.Free()
+    with group.outside("gather on the node"):
+        node = group.handle.Split_type(MPI.COMM_TYPE_SHARED)
+        try:
+            return node.allgather(value), node.Get_rank()
+        finally:
+            node.Free()

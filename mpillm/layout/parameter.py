@@ -313,6 +313,7 @@ class Bucket:
     def gather(self, held):
         """Fills the flat buffer `held` on every replica, each of which has only its owned part of it right."""
         if self.group.size > 1:
+            self.group.journal.subject = self.name
             self.group.all_gather_start(held, self.ranges).wait()
 
     def set_value(self, value, master):
@@ -341,6 +342,7 @@ class Bucket:
         self.values = self.empty((self.size,), self.dtype)
         for parameter in self.parameters:
             self.set_value(self._part(self.values, parameter)[parameter.owned.within(parameter.held)], parameter.master)
+        self.group.journal.subject = self.name
         self._fetching = self.group.all_gather_start(self.values, self.ranges)
 
     def fetch(self):

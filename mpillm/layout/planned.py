@@ -4,8 +4,9 @@ import functools
 
 import numpy as np
 
-from .comm import Group, Pending
+from .comm import Group
 from .journal import JOURNAL
+from .pending import Pending
 from .slab import cut
 
 

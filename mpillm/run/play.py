@@ -67,6 +67,12 @@ class Handle:
     def __init__(self, recorder, group):
         self.recorder, self.group = recorder, group
 
+    def begun(self):
+        pass
+
+    def waits(self):
+        pass
+
     def done(self):
         self.recorder.calls.append(Call(self.group, WAIT, None))
 

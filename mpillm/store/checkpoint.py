@@ -125,8 +125,11 @@ def save(checkpoints_dir, step, entries, manifest, files, group, backend, keep=2
                              lambda: prepare(directory, final.name, entries, manifest, files)))
     try:
         tensors = _describe(entries, group, backend)
+        group.journal.phase("write")
         write_state(temporary / manifests.STATE, entries, group, form)
+        group.journal.phase("verify")
         verify_written(temporary / manifests.STATE, entries, group)
+        group.journal.phase("publish")
         on_root(group, SaveFailed, f"{final}: publishing",
                 lambda: publish(temporary, final, manifests.encode(manifest, step, tensors, files), files))
     except SaveFailed as error:

@@ -130,15 +130,20 @@ def check_entry(entry):
 def _write_parallel(path, entries, group):
     """Every rank writes its slabs through parallel HDF5, independently: the collective close has nothing to write."""
     h5py = load_h5py()
-    with agreed(group, SaveFailed, f"{path}: opening it with MPI"):
+    with agreed(group, SaveFailed, f"{path}: opening it with MPI"), group.outside("opening by HDF5"):
         file = h5py.File(path, "r+", driver="mpio", comm=group.handle)
-    with file, agreed(group, SaveFailed, f"{path}: writing"):
-        for entry in entries:
-            dataset = h5py.h5d.open(file.id, entry.name.encode())
-            for piece, data in _data(entry):
-                where = dataset.get_space()
-                where.select_hyperslab(piece.start, piece.shape)
-                dataset.write(h5py.h5s.create_simple(piece.shape), where, data)
+    try:
+        with agreed(group, SaveFailed, f"{path}: writing"):
+            for entry in entries:
+                dataset = h5py.h5d.open(file.id, entry.name.encode())
+                for piece, data in _data(entry):
+                    where = dataset.get_space()
+                    where.select_hyperslab(piece.start, piece.shape)
+                    dataset.write(h5py.h5s.create_simple(piece.shape), where, data)
+                    group.journal.progress()
+    finally:
+        with group.outside("closing by HDF5"):
+            file.close()
 
 
 def _write_offsets(path, entries, offsets, group):
@@ -151,6 +156,7 @@ def _write_offsets(path, entries, offsets, group):
                     flat = data.reshape(-1)
                     for to, at, length in runs(entry.shape, piece):
                         write_all(descriptor, flat[at:at + length].data.cast("B"), offsets[entry.name] + to * data.itemsize)
+                    group.journal.progress()
         finally:
             os.close(descriptor)
 
@@ -186,6 +192,7 @@ def read_state(path, entries, group, backend=None):
             for i, entry in enumerate(entries):
                 check_entry(entry)
                 stored = _read_entry(file, entry)
+                group.journal.progress()
                 if backend is not None:
                     hashes[i] = slab_hash(backend, entry.shape, entry.slab, stored)
     return hashes
@@ -222,6 +229,7 @@ def verify_written(path, entries, group):
                 for piece in pieces(entry.slab, entry.array.itemsize):
                     back = np.empty(piece.shape, entry.array.dtype)
                     read_slab(file[entry.name], piece, back)
+                    group.journal.progress()
                     words = np.ascontiguousarray(entry.array[piece.within(entry.slab)]).reshape(-1).view(np.uint32)
                     if not np.array_equal(back.reshape(-1).view(np.uint32), words):
                         raise SaveFailed(f"{path}: {entry.name!r} reads back other than it was written; is the disk failing?")

@@ -49,6 +49,7 @@ class Gradients:
         if bucket.group.size == 1 or not (last or bucket.zero >= 2):
             return
         bucket.ready_to_reduce()
+        bucket.group.journal.subject = bucket.name
         if bucket.zero == 0:
             self.pending.append(Reduction(bucket, bucket.group.all_reduce_start(bucket.grads), None))
             return
@@ -91,6 +92,7 @@ class Gradients:
     def finish(self):
         """Waits for the reductions; every parameter's `owned_grad` is then the sum over the replicas."""
         while self.pending:
+            self.pending[0].message.expect()
             self._drive()
 
     def square_sum(self):

@@ -22,7 +22,7 @@ class Pipeline:
 
     def __init__(self, ops, model):
         self.ops, self.model = ops, model
-        self.group, self.stage = model.mesh["pp"], model.mesh.coord("pp")
+        self.group, self.stage, self.journal = model.mesh["pp"], model.mesh.coord("pp"), model.mesh.world.journal
         self.recorded = Recorded(ops, model)
         self.do = {"F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight}
 
@@ -49,6 +49,7 @@ class Pipeline:
         """Each micro-batch forward and backward, by graphs where they can do it."""
         for number, batch in enumerate(self.batches):
             self.last = number == len(self.batches) - 1
+            self.journal.phase("forward")
             if self.recorded.takes(batch):
                 loss = self.recorded.run(batch, self.last, self._pass, self._done)
             else:
@@ -60,6 +61,7 @@ class Pipeline:
         with self.ops.activations():
             part, = self.model.parts
             loss, saved = part.forward(None, batch)
+            self.journal.phase("backward")
             part.backward(None, saved, batch, done)
         return loss
 
@@ -92,6 +94,10 @@ class Pipeline:
 
     def _forward(self, action):
         part = self.model.parts[action.chunk]
+        if self.gradients is not None:
+            self.journal.phase("forward")
+        else:
+            self.journal.progress()
         y, saved = part.forward(self._receive(action), self.batches[action.microbatch], self.gradients is not None)
         if self.gradients is not None:
             self.saved[action.microbatch, action.chunk] = saved
@@ -102,6 +108,7 @@ class Pipeline:
     def _inputs(self, action, done):
         """The backward of a part, between receiving its gradients and sending them on."""
         saved = self.saved.pop((action.microbatch, action.chunk))
+        self.journal.phase("backward")
         dx = self.model.parts[action.chunk].backward(self._receive(action), saved, self.batches[action.microbatch], done)
         self._send(dx, action)
 

@@ -94,7 +94,8 @@ class Trainer:
         `flags()` gives numbers of this rank, asked for after the backward and summed over the ranks on the way
         (a wish to stop, say).
         """
-        mesh, job = self.mesh, self.job
+        mesh, job, journal = self.mesh, self.job, self.mesh.world.journal
+        journal.phase("data", step)
         parts, sent = self._parts(source, first)
         total = np.array([sum(float(part[2].sum(dtype=np.float64)) for part in parts)])
         mesh["dp"].all_reduce(total)                    # W: weight of all targets of the step
@@ -107,6 +108,7 @@ class Trainer:
             loss = self.pipeline.run(self.schedule(len(batches)), batches, self.gradients)
         if self.ops.host is not self.ops and step < job.train.steps:    # while the device computes
             self.ahead = source, first + job.train.batch, self._parts(source, first + job.train.batch)
+        journal.phase("reduce")
         with self.ops.range("reduce"):
             self.gradients.finish()
             numbers = np.array([self.gradients.square_sum() / scale, self.ops.to_host(loss)[0], *auxiliary], np.float64) / scale
@@ -114,6 +116,7 @@ class Trainer:
             mesh.world.all_reduce(numbers)
         norm = math.sqrt(numbers[0]) if numbers[0] >= 0 else math.nan
         rate = rate_of(job.optimizer, step, job.train.steps)
+        journal.phase("optimizer")
         skipped = not math.isfinite(norm)
         self.loss_scale = self.loss_scale.after(skipped)
         if not skipped:
