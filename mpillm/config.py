@@ -85,6 +85,9 @@ class Train:
     start: str | None = option("weights to start from: a checkpoint", None)
     evaluate_every: int = option("steps between validation losses; 0: only at the end", 0, at_least=0)
     validation_samples: int = option("windows of the validation file that are read", 64, at_least=1)
+    skips: int = option("steps in a row without finite loss and gradients after which the run ends", 10, at_least=1)
+    spike: float = option("a loss that many standard deviations above those of the last 100 steps goes back to the last checkpoint and skips its batches; 0: never", 0.0, at_least=0.0)
+    rollbacks: int = option("times that a run goes back for a spike; the next one ends it", 3, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,10 @@ class Checkpoint:
 class Run:
     name: str = option("runs/<name>/ is the run directory")
     device: str = option("where numbers are computed; auto: GPUs for as many ranks of a node as it has", "cpu", choices=("cpu", "gpu", "auto"))
-    time_limit: float | None = option("seconds after which the run saves and stops", None, above=0.0)
+    time_limit: float | None = option("seconds after which the run saves and stops; Slurm's limit counts too", None, above=0.0)
+    hang_timeout: float | None = option("seconds without progress after which the run ends and tells who waits for whom; learned when left out", None, above=0.0)
+    on_failure: str = option("a rank dies: the run ends, or goes on without its replica (Open MPI 5: mpirun --with-ft ulfm)", "end", choices=("end", "continue"))
+    check_replicas: int = option("steps between comparisons of the weights that several ranks hold; 0: never", 100, at_least=0)
     log_every: int = option("steps between lines of metrics.jsonl", 1, at_least=1)
 
 

@@ -53,18 +53,23 @@ def _train(job, sizes, data, group, ops, line):
 
     from ..config import job_to_toml
     from ..layout.mesh import Mesh
+    from ..layout.journal import JOURNAL
+    from ..run import faults
     from ..run.directory import RunDirectory
     from ..run.metrics import Metrics
     from ..run.progress import Progress
     from ..run.session import build, check_vocabulary
     from ..run.signals import StopFlag
     from ..run.training import Training
+    from ..run.watchdog import Watchdog
 
     check_vocabulary(job, data.vocabulary)
+    faults.install(JOURNAL, group.rank)
     path = os.path.join("runs", job.run.name)
     with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
             Metrics(directory.file("metrics.jsonl"), group) as metrics, \
-            StopFlag(group, job.run.time_limit, directory.stop_requested) as stop:
+            StopFlag(group, job.run.time_limit, directory.stop_requested) as stop, \
+            Watchdog(group, directory, stop, job.run.hang_timeout):
         session = build(job, Mesh(group, sizes), data.vocabulary, ops)
         for note in (session.ops.note, line):
             if note:

@@ -1,6 +1,8 @@
 """The walk of a training run: data, model, resume, steps with metrics and checkpoints, and a clean end."""
 
 import math
+import socket
+import statistics
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ..train.step import Trainer, validation_loss
 from .ending import FINISHED, STOPPED, WRONG_NUMBERS
 from .resume import changes, check_model
 from .session import check_manifest, entries, gather_loaded
+from .stragglers import ComputeTime
 
 SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
 
@@ -68,6 +71,8 @@ class Training:
         self.changes = []                   # lines of every resume that changed the job
         self.loaded = None                  # entries of the checkpoint that is read
         self.traffic, self.steps_here = {}, 0           # communication of the steps of this process
+        self.compute_time = ComputeTime(self.mesh, JOURNAL)
+        self.hosts = self.group.collect(socket.gethostname())
         self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
 
     # ---- beginning ------------------------------------------------------------------------------------------------
@@ -168,9 +173,12 @@ class Training:
 
     def _one_step(self):
         started, before = time.monotonic(), JOURNAL.snapshot()
+        self.compute_time.begin()
         result = self.trainer.train_step(self.step + 1, self.source, self.samples, lambda: [self.stop.local()])
         seconds = time.monotonic() - started
+        JOURNAL.phase("between")
         self.count_traffic(JOURNAL.since(before))
+        ranks = self.compute_time.end(self.step + 1, seconds)
         self.step += 1
         self.samples += self.job.train.batch
         tokens = self.job.train.batch * self.job.model.context
@@ -181,12 +189,22 @@ class Training:
                 "skipped": result.skipped}
         if self.ops.host is not self.ops:
             line["memory_bytes"] = self.ops.device.peak_bytes()
+        if ranks:
+            line |= self.tell_ranks(*ranks)
         if self.job.model.experts:
             line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
         self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
         self.progress.step(line)
         self.directory.heartbeat(self.step)
         return result
+
+    def tell_ranks(self, seconds, ratios, named):
+        """Names slow ranks; what the metrics show of all ranks' time."""
+        for rank in named:
+            self.progress.note(f"step {self.step}: rank {rank} (node {self.hosts[rank]}) is slow: it computes {seconds[rank]:.3f} s a step, "
+                               f"{ratios[rank]:.1f} times what the others do for the same work")
+            self.metrics.event("slow rank", step=self.step, rank=rank, node=self.hosts[rank], seconds=seconds[rank], ratio=ratios[rank])
+        return {"compute_seconds": {"median": statistics.median(seconds), "most": max(seconds), "rank": seconds.index(max(seconds))}}
 
     def count_traffic(self, step):
         """Adds the communication of a step to the run's ledger."""
@@ -210,19 +228,23 @@ class Training:
         if self.data.validation is None:
             return
         started = time.monotonic()
+        JOURNAL.phase("evaluate")
         loss, tokens = validation_loss(self.ops, self.model, *self.data.windows(), self.trainer.micro_batch())
+        JOURNAL.phase("between")
         self.metrics.event("validation", step=self.step, validation_loss=loss, tokens=tokens, seconds=time.monotonic() - started)
         self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
 
     def save(self):
         """A checkpoint of the step just done."""
         started = time.monotonic()
+        JOURNAL.phase("save")
         manifest = {"kind": "state", "job": job_to_dict(self.job), "mesh": self.mesh.sizes, "tokenizer": self.data.tokenizer_hash,
                     "samples": self.samples, "tokens": self.tokens, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
         if self.trainer.loss_scale.dynamic:
             manifest["loss_scale"] = list(self.trainer.loss_scale[:2])
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
                     {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops.host, self.job.checkpoint.keep)
+        JOURNAL.phase("between")
         self.saved_step = self.step
         seconds = time.monotonic() - started
         self.stop.saved(seconds)
