@@ -15,6 +15,7 @@ def run(arguments):
     from ..layout.comm import world
     from ..layout.compose import check_layout
     from ..layout.mesh import sizes_of
+    from ..run import launch
     from ..run.connect import connect
     from ..run.data import TrainingData
     from ..run.progress import bytes_text
@@ -23,10 +24,12 @@ def run(arguments):
     if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
         raise UserError(f"--ranks {arguments.ranks}: expected 1 or more, together with --dry-run; a real run has the ranks it was started with")
     group = world()
+    launch.moment("program")
     job = shared_job(arguments.job, arguments.overrides, group)
     data = TrainingData(job, group)
     if job.model.vocabulary is None:
         job = replace(job, model=replace(job.model, vocabulary=data.vocabulary))
+    launch.moment("data")
     sizes = sizes_of(job.mesh, arguments.ranks or group.size)
     check_layout(job, sizes)
     if arguments.dry_run:
@@ -54,7 +57,7 @@ def _train(job, sizes, data, group, ops, line):
     from ..config import job_to_toml
     from ..layout.mesh import Mesh
     from ..layout.journal import JOURNAL
-    from ..run import faults
+    from ..run import faults, launch
     from ..run.directory import RunDirectory
     from ..run.metrics import Metrics
     from ..run.progress import Progress
@@ -74,8 +77,10 @@ def _train(job, sizes, data, group, ops, line):
         for note in (session.ops.note, line):
             if note:
                 progress.note(note)
+        launch.moment("model")
         training = Training(session, directory, data, metrics, progress, stop)
         training.prepare()
+        launch.moment("weights")
         directory.write_job(job_to_toml(job))
         directory.status("running", step=training.step)
         return training.run()

@@ -15,6 +15,24 @@ DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec
            "slurmstepd", "palsd", "flux-shell")  # names as /proc shows them, at most 15 letters
 
 
+moments = []        # (what was done, seconds since this process began) of the start of a run
+
+
+def since_start():
+    """Seconds since this process began, the start of the interpreter included; since this module was imported where there is no /proc."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.monotonic() - STARTED
+
+
+def moment(name):
+    """A part of the start of a run is done."""
+    moments.append((name, since_start()))
+
+
 def job_id(environ=os.environ):
     """The batch system's name for this job, or None."""
     for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "COBALT_JOBID"):

@@ -14,6 +14,7 @@ from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer, validation_loss
 from .ending import FINISHED, STOPPED, WRONG_NUMBERS
+from . import launch
 from .resume import changes, check_model
 from .session import check_manifest, entries, gather_loaded
 from .stragglers import ComputeTime
@@ -195,8 +196,19 @@ class Training:
             line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
         self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
         self.progress.step(line)
+        if self.steps_here == 1:
+            self.tell_start()
         self.directory.heartbeat(self.step)
         return result
+
+    def tell_start(self):
+        """How long it took from the start of the process to the end of the first step, and with what."""
+        launch.moment("first step")
+        before, parts = 0.0, {}
+        for name, seconds in launch.moments:
+            parts[name], before = seconds - before, seconds
+        self.progress.note(f"first step {before:.1f} s after the start: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
+        self.metrics.event("started", step=self.step, seconds=before, parts=parts, time=time.time())
 
     def tell_ranks(self, seconds, ratios, named):
         """Names slow ranks; what the metrics show of all ranks' time."""
