@@ -226,15 +226,15 @@ class Monitor:
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):    # what launchers send to every process
-        signal.signal(number, signal.SIG_IGN)
     data = b""
-    while not data.endswith(b"\n"):     # the rest of standard input tells when the run is over
+    while b"\n" not in data:
         piece = os.read(0, 65536)
         if not piece:
             return
         data += piece
-    Monitor(json.loads(data)).watch()
+    config, _, over = data.partition(b"\n")     # what follows on standard input tells that the run is over
+    if not over:
+        Monitor(json.loads(config)).watch()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ UNKNOWN = 1800.0        # seconds; with run.hang_timeout PATIENCE times that
 FIRST_STEPS = 2         # that compile, record graphs and fill caches
 IN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "between")
 CLOSING = 2.0           # seconds that the monitor has to end
+NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Limits:
@@ -113,14 +115,17 @@ class Watchdog:
     def _start(self, config):
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        # What a terminal, a launcher or Slurm sends to all is not for the monitor: it has a session of its own and inherits the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_IT)
         try:
-            # In a session of its own: what a terminal or a launcher sends to all is not for the monitor.
             self.monitor = subprocess.Popen([sys.executable, "-m", "mpillm.run.monitor"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                             env=environment, start_new_session=True)
             self.monitor.stdin.write(json.dumps(config).encode() + b"\n")
             self.monitor.stdin.flush()
         except OSError as error:
             ending.say(f"mpillm: node {config['host']}: no watchdog: {error}\n")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _listen(self, phase, step, now):
         self.record.limit(self.limits.enter(phase, now))
@@ -128,6 +133,7 @@ class Watchdog:
     def __exit__(self, *error):
         JOURNAL.record = None
         JOURNAL.listeners.remove(self._listen)
+        self.record.limit(0.0)      # a monitor that outlives this, since its parent died, is to leave the rank alone
         faulthandler.unregister(DUMP)
         if self.monitor:
             with contextlib.suppress(OSError):
