@@ -64,6 +64,7 @@ def _train(job, sizes, data, group, ops, line):
     from ..run.session import build, check_vocabulary
     from ..run.signals import StopFlag
     from ..run.training import Training
+    from ..run.walltime import WallTime
     from ..run.watchdog import Watchdog
 
     check_vocabulary(job, data.vocabulary)
@@ -71,7 +72,7 @@ def _train(job, sizes, data, group, ops, line):
     path = os.path.join("runs", job.run.name)
     with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
             Metrics(directory.file("metrics.jsonl"), group) as metrics, \
-            StopFlag(group, job.run.time_limit, directory.stop_requested) as stop, \
+            StopFlag(group, WallTime(job.run.time_limit), directory.wish) as stop, \
             Watchdog(group, directory, stop, job.run.hang_timeout):
         session = build(job, Mesh(group, sizes), data.vocabulary, ops)
         for note in (session.ops.note, line):

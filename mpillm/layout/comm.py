@@ -24,15 +24,19 @@ import contextlib
 import json
 import math
 import os
+import time
+import warnings
 
 import numpy as np
 
+from ..config import UserError
 from .journal import JOURNAL
-from .launcher import launched
+from .launcher import launched, lone_rank, rank, started
 from .pending import Pending
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
+LATER = 1.0                 # seconds
 FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of started calls (MPI guarantees tags up to 32767)
 
 
@@ -450,7 +454,32 @@ def world():
     if _world is None:
         _world = Solo()
         if launched():
-            from mpi4py import MPI
+            MPI = start_mpi()
             if MPI.COMM_WORLD.Get_size() > 1:
                 _world = Group(MPI.COMM_WORLD)
+            elif started()[0] > 1:
+                refuse_lone_rank(MPI.Get_library_version())
     return _world
+
+
+def start_mpi():
+    """The module of MPI, initialised; not where its MPI_Init would abort for the launcher is another MPI's."""
+    import mpi4py
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # of a foreign launcher, once a rank
+        from mpi4py import MPI
+        if not MPI.Is_initialized():
+            version = MPI.Get_library_version()
+            if started()[1] == "mpirun of Open MPI" and "MPICH" in version.upper():
+                refuse_lone_rank(version)
+            MPI.Init_thread()
+    return MPI
+
+
+def refuse_lone_rank(version):
+    """Ends a process that is not the rank of a job that it was started as: the first of them says why, the others leave it the time to."""
+    if rank() == 0:
+        raise UserError(lone_rank(version))
+    time.sleep(LATER)
+    raise SystemExit(2)

@@ -4,6 +4,7 @@ MPI is initialised only where a launcher started several ranks: some login nodes
 """
 
 import os
+import sys
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "FLUX_TASK_RANK")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
@@ -37,6 +38,51 @@ def launched(environ=os.environ):
     if size is None:
         return step_of_srun(environ) or first_number(RANK_VARIABLES, environ) is not None
     return size > 1
+
+
+def started(environ=os.environ):
+    """(number of processes that the launcher started, its name), as far as it tells; (1, "") without one."""
+    for name, variables in (("mpirun of Open MPI", ["OMPI_COMM_WORLD_SIZE"]), ("mpiexec of MVAPICH", ["MV2_COMM_WORLD_SIZE"]), ("flux", ["FLUX_JOB_SIZE"])):
+        if first_number(variables, environ):
+            return first_number(variables, environ), name
+    if step_of_srun(environ):
+        return first_number(["SLURM_STEP_NUM_TASKS"], environ), "srun"
+    return first_number(["PMI_SIZE"], environ) or 1, "mpiexec"
+
+
+def short_library(version):
+    """The name of an MPI library as MPI_Get_library_version has it, on one line: "Open MPI v5.0.11"."""
+    line = " ".join(version.replace("\0", "").split("\n")[0].split(",")[0].split())
+    return line.replace(" Version:", "")[:60]
+
+
+def right_launcher(version, beside=os.path.dirname(sys.executable)):
+    """How ranks of an MPI library are started, in words.
+
+    Parameters
+    ----------
+    version : str
+        As MPI_Get_library_version has it.
+    beside : str
+        Where an MPI from a wheel has its mpirun.
+    """
+    own = os.path.join(beside, "mpirun")
+    own = f" ({own})" if os.path.exists(own) else ""
+    name = version.upper()
+    if "OPEN MPI" in name:
+        return f"its own mpirun{own} or srun --mpi=pmix"
+    if "CRAY" in name:
+        return "srun --mpi=cray_shasta"
+    if "INTEL" in name:
+        return "its own mpiexec.hydra, or srun --mpi=pmi2 with I_MPI_PMI_LIBRARY set"
+    return f"its own mpiexec{own} or srun --mpi=pmi2"
+
+
+def lone_rank(version, environ=os.environ):
+    """The error line where a launcher started several processes of which each is a job of its own."""
+    count, name = started(environ)
+    return (f"{count} processes were started by {name}, but MPI would make each a job of one rank: mpi4py uses {short_library(version)}, "
+            f"which is started by {right_launcher(version)} (`srun --mpi=list` shows what this Slurm has)")
 
 
 def ends_on_terminate(environ=os.environ):

@@ -19,7 +19,7 @@ from . import ending, lock
 FOLDERS = ("checkpoints",)
 FILES = ("job.toml", "log.txt", "metrics.jsonl", "status.json", lock.NAME)
 TEMPORARY = re.compile(r"\.(job\.toml|status\.json)\.[0-9a-f]{12}")    # of `write_atomic`
-STOP = "stop"           # a file of this name, made by anyone who may write here, stops the run
+STOP, SAVE = "STOP", "SAVE"     # files of these names, made by anyone who may write here: the run saves and stops, or saves and goes on
 STATUS_LIMIT = 65536    # characters of status.json that are read
 HEARTBEAT = 30.0        # seconds between renewals of the lock
 
@@ -180,9 +180,15 @@ class RunDirectory:
         if self.held and time.monotonic() - self.held.refreshed > HEARTBEAT:
             self.held.heartbeat()
 
-    def stop_requested(self):
-        """Whether someone has put a file `stop` into the directory; asks the disk."""
-        return os.path.lexists(self.file(STOP))
+    def wish(self):
+        """What someone wants who has put a file into the directory: "STOP", "SAVE" or None; asks the disk."""
+        return next((name for name in (STOP, SAVE) if os.path.lexists(self.file(name))), None)
+
+    def granted(self):
+        """A checkpoint was written: who wanted one sees that the file is gone."""
+        if self.group.rank == 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self.file(SAVE))
 
     def close(self):
         """Gives the lock back (rank 0)."""

@@ -102,6 +102,23 @@ class Metrics:
         self.close()
 
 
+def last_event(path, name, tail=1 << 20):
+    """The last event of that name in the last `tail` bytes of a metrics.jsonl; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if f'"event": "{name}"'.encode() in line:
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None
+
+
 def read_metrics(path):
     """What a metrics.jsonl tells.
 

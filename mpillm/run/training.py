@@ -6,6 +6,7 @@ import statistics
 import time
 from pathlib import Path
 
+from ..backend import wide_of
 from ..config import UserError, job_to_dict
 from ..layout.journal import JOURNAL, Traffic, ledger_table
 from ..store.checkpoint import load_named, load_newest, save
@@ -13,8 +14,9 @@ from ..store.errors import SaveFailed
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer, validation_loss
-from .ending import FINISHED, STOPPED, WRONG_NUMBERS
 from . import launch
+from .ending import FINISHED, STOPPED, WRONG_NUMBERS
+from .metrics import last_event
 from .resume import changes, check_model
 from .session import check_manifest, entries, gather_loaded
 from .stragglers import ComputeTime
@@ -32,6 +34,11 @@ def gemm_rate(ops, dtype, size=1024, times=10):
         ops.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def state_bytes(model):
+    """Bytes of the masters and the two moments of the whole model: of a checkpoint."""
+    return 3 * wide_of(model.dtype).itemsize * sum(math.prod(parameter.shape) for parameter in model.every_parameter())
 
 
 class Continued:
@@ -80,6 +87,9 @@ class Training:
 
     def prepare(self):
         """Loads the newest valid checkpoint of the run directory, or makes initial weights."""
+        if self.group.rank == 0:
+            before = last_event(self.directory.file("metrics.jsonl"), "checkpoint")
+            self.stop.expect_save(state_bytes(self.model), before and before.get("seconds"))
         checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops.host, self.progress.note)
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -143,7 +153,7 @@ class Training:
             if skips == SKIPS_IN_A_ROW:
                 last = "there is no checkpoint" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
                 return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; {last}")
-            self._between_steps(stopping, result.skipped)
+            self._between_steps(stopping, result.skipped, result.flags[1] > 0)
         if self.saved_step != self.step:
             self.save()
         if self.step < steps:
@@ -151,12 +161,12 @@ class Training:
         self.validate()
         return self._end(FINISHED, "all steps are done")
 
-    def _between_steps(self, stopping, skipped):
-        """Validation and checkpoint where they are due; the last ones belong to the end of the run."""
+    def _between_steps(self, stopping, skipped, wished):
+        """Validation and checkpoint where they are due or wished; the last ones belong to the end of the run."""
         train, every = self.job.train, self.job.checkpoint.every
         if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
             self.validate()
-        if every and self.step % every == 0 and not skipped:     # numbers that went wrong must not push out good ones
+        if (wished and not stopping or every and self.step % every == 0) and not skipped:     # numbers that went wrong must not push out good ones
             try:
                 self.save()
             except SaveFailed as error:     # of all ranks alike; the next one may find room, the last one has to
@@ -175,7 +185,7 @@ class Training:
     def _one_step(self):
         started, before = time.monotonic(), JOURNAL.snapshot()
         self.compute_time.begin()
-        result = self.trainer.train_step(self.step + 1, self.source, self.samples, lambda: [self.stop.local()])
+        result = self.trainer.train_step(self.step + 1, self.source, self.samples, self.stop.wishes)
         seconds = time.monotonic() - started
         JOURNAL.phase("between")
         self.count_traffic(JOURNAL.since(before))
@@ -260,5 +270,6 @@ class Training:
         self.saved_step = self.step
         seconds = time.monotonic() - started
         self.stop.saved(seconds)
+        self.directory.granted()
         self.metrics.event("checkpoint", step=self.step, seconds=seconds)
         self.progress.note(f"step {self.step}: checkpoint {Path(path).name} in {seconds:.1f} s")

@@ -97,7 +97,7 @@ class Watchdog:
         descriptor, path = tempfile.mkstemp(prefix="mpillm-stacks-", dir=os.path.dirname(self.record.path))
         self.stacks, self.stacks_path = os.fdopen(descriptor, "w"), path
         faulthandler.register(DUMP, file=self.stacks, all_threads=True, chain=False)
-        getattr(self.stop, "on_signal", lambda *_: None)(END, lambda: os._exit(ending.HANG))
+        self.stop.on_signal(END, lambda: os._exit(ending.HANG))
         JOURNAL.listeners.append(self._listen)
         process = {"rank": self.group.rank, "pid": os.getpid(), "start": lock.process_start(os.getpid()), "record": self.record.path,
                    "stacks": path, "namespace": lock.namespace()}

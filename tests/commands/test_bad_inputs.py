@@ -177,7 +177,7 @@ bad("log-is-a-link", "train job.toml run.name=done train.steps=6", "log.txt: is 
     before=in_turn(lambda place: (place / "runs/done/log.txt").unlink(), link("runs/done/log.txt", "../../job.toml")))
 bad("checkpoints-is-a-file", "train job.toml", "checkpoints: is not a directory", "run.name",
     before=in_turn(lambda place: (place / "runs/new").mkdir(), text("runs/new/checkpoints", "notes")))
-bad("told-to-stop", "train job.toml run.name=done train.steps=6", "runs/done/stop", "delete that file", before=text("runs/done/stop", ""))
+bad("told-to-stop", "train job.toml run.name=done train.steps=6", "runs/done/STOP", "delete that file", before=text("runs/done/STOP", ""))
 bad("another-width", "train job.toml run.name=done model.width=16", "model.width = 16", "8 in the checkpoint", "run.name")
 bad("another-seed", "train job.toml run.name=done train.seed=7", "train.seed = 7", "1 in the checkpoint", "run.name")
 bad("another-tokenizer", "train job.toml run.name=done data.train=other.h5", "data.train", "the tokenizer", "step-00000004")

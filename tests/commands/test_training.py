@@ -269,11 +269,16 @@ def test_a_file_named_stop(place):
     path = place / "runs" / "told"
     with Running(*arguments("told", "train.steps=1000000", "checkpoint.every=0"), cwd=place, ranks=2) as running:
         running.until(lambda: step_of(path) > 0)
-        (path / "stop").touch()
+        (path / "SAVE").touch()         # first a checkpoint in between
+        running.until(lambda: not (path / "SAVE").exists())
+        saved = newest(path)
+        running.until(lambda: f'"step": {int(saved.name[5:]) + 5},' in (path / "metrics.jsonl").read_text())
+        (path / "STOP").touch()
         done = running.wait()
-    assert done.code == 75 and "a file named stop" in status(path)["reason"], done.text
+    assert saved.exists() and newest(path).name > saved.name
+    assert done.code == 75 and "a file named STOP" in status(path)["reason"], done.text
     assert run(*arguments("told"), cwd=place).code == 2     # until it is deleted
-    (path / "stop").unlink()
+    (path / "STOP").unlink()
     finish(place, "told", f"train.steps={step_of(path) + 1}")
 
 

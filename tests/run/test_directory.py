@@ -143,7 +143,7 @@ def test_the_failure_of_an_earlier_run_is_replaced(tmp_path):
     (lambda path: path.symlink_to(path.parent), "symbolic link"),
     (lambda path: (path.mkdir(), (path / "checkpoints").write_text("x")), "not a directory"),
     (lambda path: (path.mkdir(), (path / "metrics.jsonl").symlink_to("/etc/hosts")), "not a plain file"),
-    (lambda path: (path.mkdir(), (path / "stop").touch()), "told to stop; delete"),
+    (lambda path: (path.mkdir(), (path / "STOP").touch()), "told to stop; delete"),
     (lambda path: (path.mkdir(), (path / "lock").touch()), "names no owner"),
 ], ids=["file", "link", "checkpoints", "metrics", "stop", "empty lock"])
 def test_unusable_directories(tmp_path, make, line):

@@ -1,5 +1,13 @@
 """What is read from launchers' variables: pure functions of an environment."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpillm.layout import launcher
 from mpillm.run import launch
 
 MANY = set(range(16))
@@ -65,3 +73,34 @@ def test_hardware_threads_of_a_core_count_once(tmp_path):
 def test_terminate_saves_except_under_open_mpi():
     assert launch.ends_on_terminate({"OMPI_COMM_WORLD_SIZE": "2"})
     assert not launch.ends_on_terminate({"PMI_RANK": "0"}) and not launch.ends_on_terminate({})
+
+
+@pytest.mark.parametrize("environ, found", [
+    ({}, (1, "")), ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, (1, "")), ({"SLURM_STEP_NUM_TASKS": "4"}, (4, "srun")),
+    ({"SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4"}, (4, "srun")), ({"PMI_SIZE": "3"}, (3, "mpiexec")),
+    ({"SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "8"}, (8, "mpirun of Open MPI")), ({"OMPI_COMM_WORLD_SIZE": "1"}, (1, "mpirun of Open MPI"))])
+def test_what_a_launcher_started(environ, found):
+    number, name = launcher.started(environ)
+    assert (number, name if found[1] else "") == found
+
+
+@pytest.mark.parametrize("version, name, way", [
+    ("Open MPI v5.0.11, package: Open MPI root@host\0", "Open MPI v5.0.11", "--mpi=pmix"), ("MPICH Version:      5.0.2\nMPICH Release date: x", "MPICH 5.0.2", "--mpi=pmi2"),
+    ("MPI VERSION    : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)\n", "MPI VERSION : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)", "cray_shasta"),
+    ("Intel(R) MPI Library 2021.11 for Linux* OS\n", "Intel(R) MPI Library 2021.11 for Linux* OS", "I_MPI_PMI_LIBRARY")])
+def test_each_mpi_has_its_way_to_start(tmp_path, version, name, way):
+    assert launcher.short_library(version) == name and way in launcher.right_launcher(version, str(tmp_path))
+    (tmp_path / "mpirun").touch()
+    assert ("CRAY" in version or "Intel" in version) != (str(tmp_path) in launcher.right_launcher(version, str(tmp_path)))
+
+
+def test_ranks_that_mpi_does_not_join_are_refused_once(tmp_path):
+    """As under srun with a start-up that this MPI does not know: each process is a job of its own."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM", "PMI", "PMIX", "PRTE", "SLURM"))}
+    environ |= {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ranks = [subprocess.Popen([sys.executable, "-m", "mpillm", "train", "job.toml"], env=environ | {"SLURM_PROCID": str(rank)}, cwd=tmp_path,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2] and said[1] == ""
+    assert said[0].startswith("mpillm: error: 2 processes were started by srun, but MPI would make each a job of one rank: mpi4py uses ")
+    assert said[0].count("\n") == 1 and list(tmp_path.iterdir()) == []

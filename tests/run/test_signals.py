@@ -11,7 +11,8 @@ import pytest
 
 from mpillm.layout.comm import Solo
 from mpillm.run import signals
-from mpillm.run.signals import StopFlag
+from mpillm.run.signals import WRITE_RATE, StopFlag
+from mpillm.run.walltime import WallTime, seconds_of
 
 LAUNCHERS = ("OMPI_", "PMI", "PMIX", "PRTE", "SLURM", "MPI_", "HYDRA", "PALS")
 
@@ -27,9 +28,9 @@ def plain(monkeypatch):
 @pytest.mark.parametrize("number, reason", [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_signals_set_the_flag(plain, number, reason):
     with StopFlag(Solo()) as stop:
-        assert not stop.requested and stop.local() == 0.0 and not stop.agree()
+        assert not stop.requested and stop.wishes() == [0.0, 0.0] and not stop.agree()
         os.kill(os.getpid(), number)
-        assert stop.requested and stop.reason == reason and stop.local() == 1.0 and stop.agree() and stop.explain() == reason
+        assert stop.requested and stop.reason == reason and stop.wishes() == [1.0, 0.0] and stop.agree() and stop.explain() == reason
 
 
 def test_the_second_interrupt_stops_at_once(plain):
@@ -65,7 +66,7 @@ def test_usr2_shows_all_stacks_and_goes_on():
 
 def test_the_time_limit_leaves_room_for_a_checkpoint():
     now = [0.0]
-    stop = StopFlag(Solo(), time_limit=100.0, clock=lambda: now[0])
+    stop = StopFlag(Solo(), WallTime(100.0, {}), clock=lambda: now[0])
     stop.saved(7.0)
     while not stop.agree():
         now[0] += 2.0
@@ -74,7 +75,7 @@ def test_the_time_limit_leaves_room_for_a_checkpoint():
 
 def test_a_short_limit_still_gives_time_to_work():
     now = [0.0]
-    stop = StopFlag(Solo(), time_limit=8.0, clock=lambda: now[0])
+    stop = StopFlag(Solo(), WallTime(8.0, {}), clock=lambda: now[0])
     while not stop.agree():
         now[0] += 0.5
     assert 4.0 <= now[0] <= 5.0
@@ -82,10 +83,104 @@ def test_a_short_limit_still_gives_time_to_work():
 
 def test_a_stop_file_is_looked_for_now_and_then():
     now, looks = [0.0], []
-    stop = StopFlag(Solo(), stop_requested=lambda: looks.append(now[0]) or now[0] > 5, clock=lambda: now[0])
+    stop = StopFlag(Solo(), wished=lambda: looks.append(now[0]) or ("STOP" if now[0] > 5 else None), clock=lambda: now[0])
     while not stop.agree():
         now[0] += 0.1
-    assert len(looks) <= 5 and stop.reason == "a file named stop"
+    assert len(looks) <= 5 and stop.reason == "a file named STOP"
+
+
+def test_a_colleague_gets_a_checkpoint_and_the_run_goes_on():
+    now, files = [0.0], ["SAVE"]
+    stop = StopFlag(Solo(), wished=lambda: files[0], clock=lambda: now[0])
+    assert stop.wishes() == [0.0, 1.0]
+    stop.saved(1.0)
+    assert stop.wishes() == [0.0, 0.0]      # the next look is 2 s later
+    now[0], files[0] = 3.0, "STOP"
+    assert stop.wishes() == [1.0, 0.0]
+
+
+def test_room_for_the_first_save_is_guessed_from_its_size_or_an_earlier_one():
+    stop = StopFlag(Solo())
+    stop.expect_save(10 * WRITE_RATE)
+    assert stop.save_seconds == 10.0
+    stop.expect_save(10 * WRITE_RATE, 25.0)
+    assert stop.save_seconds == 25.0
+    stop.saved(4.0)
+    stop.saved(3.0)
+    stop.expect_save(10 * WRITE_RATE)
+    assert stop.save_seconds == 4.0
+
+
+# ---- the time that is left ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0), ("UNLIMITED", None),
+                                           ("NOT_SET", None), ("INVALID", None), ("", None), ("-1:00", None)])
+def test_slurms_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+def test_the_earlier_limit_counts_and_slurm_may_move_its_own():
+    began = signals.clock()
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 50)}
+    assert WallTime(None, {}).limit() == (None, "") and WallTime(None, {"SLURM_JOB_END_TIME": "5"}).limit() == (None, "")
+    assert WallTime(10.0, environ).limit() == (10.0, "the time limit")
+    seconds, name = WallTime(1e6, environ).limit()
+    assert name == "Slurm's time limit" and 48 <= seconds - began <= 52
+    wall = WallTime(1e6, environ, ask=lambda job: 500 if job == "7" else None)
+    wall.start()
+    deadline = time.monotonic() + 5
+    while wall.limit()[0] - began < 490 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    wall.stop()
+    assert 499 <= wall.limit()[0] - began <= 505
+
+
+def test_no_answer_of_slurm_leaves_what_it_said_before():
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 50)}
+    wall = WallTime(None, environ, ask=lambda job: None)
+    wall.start()
+    wall.stop()
+    assert wall.limit()[1] == "Slurm's time limit"
+
+
+# ---- signals while the main thread waits ----------------------------------------------------------------------------
+
+WAITING = """
+import ctypes, os, signal, sys, threading, time
+from mpillm.layout.comm import Solo
+from mpillm.run.signals import StopFlag
+with StopFlag(Solo()) as stop:
+    stop.on_signal(signal.SIGRTMIN + 2, lambda: os._exit(77))
+    print("ready", flush=True)
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)      # for ever, as in a call of MPI: no handler of Python runs
+"""
+
+
+def test_signals_are_heard_while_the_main_thread_waits_in_c():
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.stderr.readline() == "mpillm: SIGUSR1: the run saves and stops after this step\n"
+        process.send_signal(signal.SIGRTMIN + 2)
+        assert process.wait(5) == 77
+
+
+def test_the_thread_and_its_descriptor_are_put_back():
+    before = signal.set_wakeup_fd(-1)
+    assert signal.set_wakeup_fd(before) == -1
+    with StopFlag(Solo()) as stop:
+        heard = []
+        stop.on_signal(signal.SIGRTMIN + 2, lambda: heard.append(1))
+        os.kill(os.getpid(), signal.SIGRTMIN + 2)
+        deadline = time.monotonic() + 5
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert heard == [1] and stop.thread is None and signal.set_wakeup_fd(before) == before
+    assert signal.getsignal(signal.SIGRTMIN + 2) == signal.SIG_DFL
 
 
 @pytest.mark.ranks
@@ -95,7 +190,7 @@ def test_one_rank_stops_all(group):
     assert not stop.agree()
     if group.rank == group.size - 1:
         stop.request("SIGUSR1")
-    assert group.all_reduce(np.array([stop.local()]))[0] == 1.0
+    assert group.all_reduce(np.array([stop.wishes()[0]]))[0] == 1.0
     assert stop.explain() == "SIGUSR1" and stop.agree()
 
 

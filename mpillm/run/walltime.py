@@ -1,0 +1,77 @@
+"""How long this job may still run: `run.time_limit`, and the limit of Slurm, which administrators may move while the job runs."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+
+from . import launch
+
+ASK_AGAIN = 600.0       # seconds between questions to Slurm
+SQUEUE_TIMEOUT = 20     # seconds
+
+
+def seconds_of(text):
+    """Slurm's way to write a duration, "1-02:03:04", "02:03:04" or "03:04", in seconds; None for other words (UNLIMITED, NOT_SET, ...)."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def ask_slurm(job):
+    """Seconds that Slurm leaves the job; None where it gives no answer or no limit."""
+    try:
+        answer = subprocess.run(["squeue", "--noheader", "--job", job, "--format", "%L"], capture_output=True, text=True, timeout=SQUEUE_TIMEOUT, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return seconds_of(answer.stdout) if answer.returncode == 0 else None
+
+
+class WallTime:
+    """The limits of a run, in seconds since its process began.
+
+    Parameters
+    ----------
+    own : float or None
+        `run.time_limit`.
+    environ : mapping
+        Of a Slurm job: SLURM_JOB_ID, SLURM_JOB_END_TIME (seconds since 1970).
+    ask : callable
+        As `ask_slurm`.
+    """
+
+    def __init__(self, own=None, environ=os.environ, ask=ask_slurm):
+        self.own, self.slurm, self.job, self.ask = own, None, environ.get("SLURM_JOB_ID"), ask
+        end = environ.get("SLURM_JOB_END_TIME", "")
+        if self.job and end.isdigit():
+            self.slurm = clock() + int(end) - time.time()
+        self.over = threading.Event()
+
+    def start(self):
+        """Asks Slurm now and again, in a thread: squeue may take long. Rank 0 does it."""
+        if self.job:
+            threading.Thread(target=self._keep_asking, daemon=True, name="wall time").start()
+
+    def _keep_asking(self):
+        while True:
+            left = self.ask(self.job)
+            if left is not None:
+                self.slurm = clock() + left
+            if self.over.wait(ASK_AGAIN):
+                return
+
+    def stop(self):
+        self.over.set()
+
+    def limit(self):
+        """(seconds, name) of the limit that comes first; (None, "") where there is none."""
+        limits = [(seconds, name) for seconds, name in ((self.own, "the time limit"), (self.slurm, "Slurm's time limit")) if seconds is not None]
+        return min(limits, default=(None, ""))
+
+
+def clock():
+    """Seconds since the process began."""
+    return time.monotonic() - launch.STARTED
