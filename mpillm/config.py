@@ -85,9 +85,7 @@ class Train:
     start: str | None = option("weights to start from: a checkpoint", None)
     evaluate_every: int = option("steps between validation losses; 0: only at the end", 0, at_least=0)
     validation_samples: int = option("windows of the validation file that are read", 64, at_least=1)
-    skips: int = option("steps in a row without finite loss and gradients after which the run ends", 10, at_least=1)
     spike: float = option("a loss that many standard deviations above those of the last 100 steps goes back to the last checkpoint and skips its batches; 0: never", 0.0, at_least=0.0)
-    rollbacks: int = option("times that a run goes back for a spike; the next one ends it", 3, at_least=1)
 
 
 @dataclass(frozen=True)

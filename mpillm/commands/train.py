@@ -55,12 +55,14 @@ def _train(job, sizes, data, group, ops, line):
     import os
 
     from ..config import job_to_toml
-    from ..layout.mesh import Mesh
     from ..layout.journal import JOURNAL
+    from ..layout.mesh import Mesh
     from ..run import faults, launch
     from ..run.directory import RunDirectory
+    from ..run.health import poison
     from ..run.metrics import Metrics
     from ..run.progress import Progress
+    from ..run.replicas import flip_bit
     from ..run.session import build, check_vocabulary
     from ..run.signals import StopFlag
     from ..run.training import Training
@@ -68,7 +70,7 @@ def _train(job, sizes, data, group, ops, line):
     from ..run.watchdog import Watchdog
 
     check_vocabulary(job, data.vocabulary)
-    faults.install(JOURNAL, group.rank)
+    faults.install(JOURNAL, group.rank, {"flip": lambda: flip_bit(training.model), "nan": lambda: poison(training.trainer)})
     path = os.path.join("runs", job.run.name)
     with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
             Metrics(directory.file("metrics.jsonl"), group) as metrics, \

@@ -14,6 +14,7 @@ happens once. For tests of sites and of mpillm; nothing reads the variable but a
 | `gil` | waits for ever holding the interpreter, as C code that fails to let go does |
 | `sleep=S` | sleeps for S seconds |
 | `usr1`, `usr1=S` | sends itself SIGUSR1, after S seconds |
+| `flip`, `nan` | flips a bit of a weight; puts a NaN into a gradient of the step |
 | `slow=F` | from then on every phase takes F times as long: the rank sleeps the rest |
 """
 

@@ -1,40 +1,23 @@
 """The walk of a training run: data, model, resume, steps with metrics and checkpoints, and a clean end."""
 
 import math
-import socket
-import statistics
 import time
 from pathlib import Path
 
 from ..backend import wide_of
 from ..config import UserError, job_to_dict
-from ..layout.journal import JOURNAL, Traffic, ledger_table
+from ..layout.journal import JOURNAL
 from ..store.checkpoint import load_named, load_newest, save
 from ..store.errors import SaveFailed
 from ..train.gradients import Gradients
 from ..train.optimizer import AdamW
 from ..train.step import Trainer, validation_loss
-from . import launch
+from .account import Account
 from .ending import FINISHED, STOPPED, WRONG_NUMBERS
+from .health import Health, WrongNumbers
 from .metrics import last_event
 from .resume import changes, check_model
 from .session import check_manifest, entries, gather_loaded
-from .stragglers import ComputeTime
-
-SKIPS_IN_A_ROW = 10     # steps with non-finite gradients after which a run ends
-
-
-def gemm_rate(ops, dtype, size=1024, times=10):
-    """FLOP/s of a square matrix product on this rank: what the FLOP share of a step is measured against."""
-    a, out = ops.zeros((size, size), dtype), ops.empty((size, size), dtype)
-    best = math.inf
-    for _ in range(times):
-        started = time.perf_counter()
-        ops.matmul(a, a, out=out)
-        ops.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
 
 def state_bytes(model):
     """Bytes of the masters and the two moments of the whole model: of a checkpoint."""
@@ -78,10 +61,8 @@ class Training:
         self.saved_step = None              # step of the newest checkpoint
         self.changes = []                   # lines of every resume that changed the job
         self.loaded = None                  # entries of the checkpoint that is read
-        self.traffic, self.steps_here = {}, 0           # communication of the steps of this process
-        self.compute_time = ComputeTime(self.mesh, JOURNAL)
-        self.hosts = self.group.collect(socket.gethostname())
-        self.gemm_rate = gemm_rate(self.ops, self.model.dtype)
+        self.account = Account(session, metrics, progress)
+        self.health = Health(self)
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -122,11 +103,23 @@ class Training:
             raise UserError(f"data.train: the tokenizer ({str(self.data.tokenizer_hash)[:12]}) is not the one of {checkpoint.directory} "
                             f"({str(found)[:12]}); use token files prepared with that checkpoint's tokenizer.json")
 
-    def _resume(self, checkpoint):
+    def go_back(self):
+        """To the newest checkpoint of this run, while the samples go on from here; its step, None where there is none. Collective."""
+        checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops.host, self.progress.note)
+        if checkpoint is None:
+            return None
+        self._take(checkpoint)
+        return checkpoint.step
+
+    def _take(self, checkpoint):
+        """The loaded weights, moments, step and loss scale of a checkpoint."""
         gather_loaded(self.model, self.loaded, moments=True)
-        manifest = checkpoint.manifest
-        self.trainer.loss_scale = self.trainer.loss_scale.resumed(manifest.get("loss_scale"))
+        self.trainer.loss_scale = self.trainer.loss_scale.resumed(checkpoint.manifest.get("loss_scale"))
         self.step = self.saved_step = checkpoint.step
+
+    def _resume(self, checkpoint):
+        self._take(checkpoint)
+        manifest = checkpoint.manifest
         self.samples, self.tokens = manifest["samples"], manifest["tokens"]
         self.source = Continued(self.data.batches(manifest["cursor"]))
         lines = changes(manifest["job"], self.job, checkpoint.directory) + self.source.batches.messages
@@ -144,22 +137,25 @@ class Training:
         self.progress.start(self.step, steps)
         if self.step >= steps and self.saved_step == self.step:
             self.progress.note(f"all {steps} steps are done; raise train.steps to go on")
-        stopping, skips = False, 0
-        while self.step < steps and not stopping:
-            result = self._one_step()
-            stopping = result.flags[0] > 0
-            scale = self.trainer.loss_scale
-            skips = 0 if not result.skipped else skips + (not scale.dynamic or scale.at_its_end)    # a float16 scale may still be too large
-            if skips == SKIPS_IN_A_ROW:
-                last = "there is no checkpoint" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
-                return self._end(WRONG_NUMBERS, f"gradients were not finite in {skips} steps in a row; {last}")
-            self._between_steps(stopping, result.skipped, result.flags[1] > 0)
-        if self.saved_step != self.step:
-            self.save()
+        try:
+            self._steps(steps)
+            if self.saved_step != self.step:
+                self.save()
+        except WrongNumbers as error:       # of all ranks alike
+            return self._end(WRONG_NUMBERS, str(error))
         if self.step < steps:
             return self._end(STOPPED, f"stopped by {self.stop.explain()}; start again to go on")
         self.validate()
         return self._end(FINISHED, "all steps are done")
+
+    def _steps(self, steps):
+        """Steps up to number `steps`, or to a wish to stop."""
+        stopping = False
+        while self.step < steps and not stopping:
+            result = self._one_step()
+            stopping = result.flags[0] > 0
+            if not self.health.after_step(result):
+                self._between_steps(stopping, result.skipped, result.flags[1] > 0)
 
     def _between_steps(self, stopping, skipped, wished):
         """Validation and checkpoint where they are due or wished; the last ones belong to the end of the run."""
@@ -175,75 +171,25 @@ class Training:
 
     def _end(self, code, reason):
         """Says and records how the run ended."""
+        if self.health.skipped:
+            reason += f"; {self.health.skipped} steps were skipped, their numbers were not finite"
         state = {FINISHED: "finished", STOPPED: "stopped", WRONG_NUMBERS: "failed"}[code]
-        self.tell_traffic()
+        self.account.tell_traffic()
         self.progress.note(f"{state} at step {self.step}: {reason}")
         self.metrics.event(state, step=self.step, reason=reason)
         self.directory.status(state, code, reason, self.step)
         return code
 
     def _one_step(self):
-        started, before = time.monotonic(), JOURNAL.snapshot()
-        self.compute_time.begin()
+        self.account.begin()
         result = self.trainer.train_step(self.step + 1, self.source, self.samples, self.stop.wishes)
-        seconds = time.monotonic() - started
         JOURNAL.phase("between")
-        self.count_traffic(JOURNAL.since(before))
-        ranks = self.compute_time.end(self.step + 1, seconds)
         self.step += 1
         self.samples += self.job.train.batch
-        tokens = self.job.train.batch * self.job.model.context
-        self.tokens += tokens
-        line = {"step": self.step, "loss": result.loss, "grad_norm": result.grad_norm, "rate": result.rate,
-                "tokens": self.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
-                "flop_share": self.model.flops_per_token() * tokens / seconds / (self.gemm_rate * self.group.size),
-                "skipped": result.skipped}
-        if self.ops.host is not self.ops:
-            line["memory_bytes"] = self.ops.device.peak_bytes()
-        if ranks:
-            line |= self.tell_ranks(*ranks)
-        if self.job.model.experts:
-            line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
-        self.metrics.step(line, write=self.step % self.job.run.log_every == 0 or self.step == self.job.train.steps)
-        self.progress.step(line)
-        if self.steps_here == 1:
-            self.tell_start()
+        self.tokens += self.job.train.batch * self.job.model.context
+        self.account.end(self.step, self.tokens, result)
         self.directory.heartbeat(self.step)
         return result
-
-    def tell_start(self):
-        """How long it took from the start of the process to the end of the first step, and with what."""
-        launch.moment("first step")
-        before, parts = 0.0, {}
-        for name, seconds in launch.moments:
-            parts[name], before = seconds - before, seconds
-        self.progress.note(f"first step {before:.1f} s after the start: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
-        self.metrics.event("started", step=self.step, seconds=before, parts=parts, time=time.time())
-
-    def tell_ranks(self, seconds, ratios, named):
-        """Names slow ranks; what the metrics show of all ranks' time."""
-        for rank in named:
-            self.progress.note(f"step {self.step}: rank {rank} (node {self.hosts[rank]}) is slow: it computes {seconds[rank]:.3f} s a step, "
-                               f"{ratios[rank]:.1f} times what the others do for the same work")
-            self.metrics.event("slow rank", step=self.step, rank=rank, node=self.hosts[rank], seconds=seconds[rank], ratio=ratios[rank])
-        return {"compute_seconds": {"median": statistics.median(seconds), "most": max(seconds), "rank": seconds.index(max(seconds))}}
-
-    def count_traffic(self, step):
-        """Adds the communication of a step to the run's ledger."""
-        for key, entry in step.items():
-            old = self.traffic.get(key, Traffic(0, 0))
-            self.traffic[key] = Traffic(old.calls + entry.calls, old.bytes + entry.bytes)
-        self.steps_here += 1
-
-    def tell_traffic(self):
-        """What a step of this run communicated, as rank 0 counted it."""
-        if self.group.size == 1 or not self.steps_here:
-            return
-        self.progress.note(f"communication of rank 0, mean of {self.steps_here} steps:")
-        for text in ledger_table(self.traffic, self.steps_here):
-            self.progress.note(f"  {text}")
-        self.metrics.event("communication", steps=self.steps_here, traffic=[
-            {"axis": axis, "operation": operation, "calls": entry.calls, "bytes": entry.bytes} for (axis, operation), entry in sorted(self.traffic.items())])
 
     def validate(self):
         """Validation loss of the job's validation file, where there is one."""
@@ -257,7 +203,8 @@ class Training:
         self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
 
     def save(self):
-        """A checkpoint of the step just done."""
+        """A checkpoint of the step just done, unless replicas differ: a wrong one is not to take the place of good ones."""
+        self.health.compare_replicas()
         started = time.monotonic()
         JOURNAL.phase("save")
         manifest = {"kind": "state", "job": job_to_dict(self.job), "mesh": self.mesh.sizes, "tokenizer": self.data.tokenizer_hash,

@@ -18,7 +18,7 @@ class StepResult(NamedTuple):
     loss: float         # nats per target token, all ranks
     grad_norm: float    # global, before clipping
     rate: float
-    skipped: bool       # a gradient was not finite: no update on any rank
+    skipped: bool       # the loss or a gradient was not finite: no update on any rank
     balance_loss: float     # of the routers of a mixture of experts, with its coefficient; 0 without
     router_z_loss: float    # the same
     flags: list         # sums over the ranks of the numbers of `flags()`
@@ -117,7 +117,7 @@ class Trainer:
         norm = math.sqrt(numbers[0]) if numbers[0] >= 0 else math.nan
         rate = rate_of(job.optimizer, step, job.train.steps)
         journal.phase("optimizer")
-        skipped = not math.isfinite(norm)
+        skipped = not (math.isfinite(norm) and math.isfinite(numbers[1]))
         self.loss_scale = self.loss_scale.after(skipped)
         if not skipped:
             clip = job.optimizer.clip
