@@ -83,8 +83,7 @@ class Health:
     def _go_back(self, loss):
         """After a spike: to the last checkpoint, with the samples that come next."""
         run, usual = self.training, self.spikes.threshold()
-        self.rollbacks += 1
-        if self.rollbacks > ROLLBACKS:
+        if self.rollbacks == ROLLBACKS:
             raise WrongNumbers(f"loss {loss:.4f} at step {run.step} is a spike (usual: below {usual:.4f}), after {ROLLBACKS} returns for others; "
                                "lower optimizer.rate, or raise train.spike")
         spike = run.step
@@ -92,6 +91,7 @@ class Health:
         if step is None:
             run.progress.note(f"step {spike}: loss {loss:.4f} is a spike (usual: below {usual:.4f}), but there is no checkpoint to go back to")
             return False
+        self.rollbacks += 1
         line = (f"loss {loss:.4f} at step {spike} was a spike (usual: below {usual:.4f}): back to step {step}, "
                 f"the {(spike - step) * self.config.batch} samples up to {run.samples - 1} are left out")
         run.changes.append(f"step {step}: {line}")
