@@ -31,7 +31,7 @@ import numpy as np
 
 from ..config import UserError
 from .journal import JOURNAL
-from .launcher import launched, lone_rank, rank, started
+from .launcher import cannot_join, launched, loaded_libraries, lone_rank, rank, started
 from .pending import Pending
 from .slab import cut
 
@@ -463,7 +463,7 @@ def world():
 
 
 def start_mpi():
-    """The module of MPI, initialised; not where its MPI_Init would abort for the launcher is another MPI's."""
+    """The module of MPI, initialised; not where its MPI_Init would abort or fill the log, for the launcher is another MPI's."""
     import mpi4py
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     with warnings.catch_warnings():
@@ -471,7 +471,7 @@ def start_mpi():
         from mpi4py import MPI
         if not MPI.Is_initialized():
             version = MPI.Get_library_version()
-            if started()[1] == "mpirun of Open MPI" and "MPICH" in version.upper():
+            if started()[0] > 1 and cannot_join(version, libraries=loaded_libraries()):
                 refuse_lone_rank(version)
             MPI.Init_thread()
     return MPI

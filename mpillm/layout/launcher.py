@@ -4,6 +4,7 @@ MPI is initialised only where a launcher started several ranks: some login nodes
 """
 
 import os
+import re
 import sys
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "FLUX_TASK_RANK")
@@ -35,6 +36,8 @@ def rank(environ=os.environ):
 def launched(environ=os.environ):
     """Whether a launcher may have started several ranks; MPI is not initialised otherwise."""
     size = first_number(SIZE_VARIABLES, environ)
+    if size is None and environ.get("PMIX_NAMESPACE", "").startswith("slurm.pmix."):
+        size = first_number(["SLURM_STEP_NUM_TASKS"], environ)     # srun counts its ranks itself; prterun below it has another namespace
     if size is None:
         return step_of_srun(environ) or first_number(RANK_VARIABLES, environ) is not None
     return size > 1
@@ -53,7 +56,7 @@ def started(environ=os.environ):
 def short_library(version):
     """The name of an MPI library as MPI_Get_library_version has it, on one line: "Open MPI v5.0.11"."""
     line = " ".join(version.replace("\0", "").split("\n")[0].split(",")[0].split())
-    return line.replace(" Version:", "")[:60]
+    return re.sub(r"^MPI VERSION ?: ?| Version:| version(?= \d)| \(ANL base.*", "", line)[:60]
 
 
 def right_launcher(version, beside=os.path.dirname(sys.executable)):
@@ -64,25 +67,52 @@ def right_launcher(version, beside=os.path.dirname(sys.executable)):
     version : str
         As MPI_Get_library_version has it.
     beside : str
-        Where an MPI from a wheel has its mpirun.
+        Where an MPI from a wheel has its mpirun and mpiexec.
     """
-    own = os.path.join(beside, "mpirun")
-    own = f" ({own})" if os.path.exists(own) else ""
     name = version.upper()
-    if "OPEN MPI" in name:
-        return f"its own mpirun{own} or srun --mpi=pmix"
     if "CRAY" in name:
         return "srun --mpi=cray_shasta"
     if "INTEL" in name:
         return "its own mpiexec.hydra, or srun --mpi=pmi2 with I_MPI_PMI_LIBRARY set"
-    return f"its own mpiexec{own} or srun --mpi=pmi2"
+    program, kind = ("mpirun", "pmix") if "OPEN MPI" in name else ("mpiexec", "pmi2")
+    own = os.path.join(beside, program)
+    return f"srun --mpi={kind} or its own {program}" + f" ({own})" * os.path.exists(own)
+
+
+def loaded_libraries():
+    """Files that are mapped into this process; "" where there is no /proc."""
+    try:
+        with open("/proc/self/maps") as file:
+            return "\n".join(line.split()[-1].rpartition("/")[2] for line in file)
+    except OSError:
+        return ""
+
+
+def cannot_join(version, environ=os.environ, libraries=""):
+    """Whether the ranks of an MPI library surely do not find each other under the launcher, asked before MPI_Init.
+
+    Most libraries then make each process a job of its own, with banners of their own; MPICH 5 aborts.
+
+    Parameters
+    ----------
+    version : str
+        As MPI_Get_library_version has it.
+    libraries : str
+        Names of the libraries that are loaded: an MPICH may have been built for PMIx.
+    """
+    pmix = "PMIX_NAMESPACE" in environ
+    open_mpi = re.match(r"Open MPI v(\d+)", version)
+    if open_mpi:
+        return int(open_mpi[1]) >= 5 and not pmix       # older ones may know PMI-1 and PMI-2 too
+    other = any(name in environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK"))
+    return version.startswith("MPICH Version") and pmix and not other and bool(libraries) and "pmix" not in (libraries + version).lower()
 
 
 def lone_rank(version, environ=os.environ):
-    """The error line where a launcher started several processes of which each is a job of its own."""
+    """The error line where a launcher started several processes of which each would be a job of its own."""
     count, name = started(environ)
-    return (f"{count} processes were started by {name}, but MPI would make each a job of one rank: mpi4py uses {short_library(version)}, "
-            f"which is started by {right_launcher(version)} (`srun --mpi=list` shows what this Slurm has)")
+    return (f"{count} processes were started by {name}, but MPI cannot join them into one job: mpi4py uses {short_library(version)}, "
+            f"whose ranks are started by {right_launcher(version)}; `srun --mpi=list` shows what a Slurm has")
 
 
 def ends_on_terminate(environ=os.environ):

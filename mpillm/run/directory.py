@@ -95,6 +95,7 @@ class RunDirectory:
         self.path, self.group = Path(path), group
         self.checkpoints = self.path / "checkpoints"
         self.held, self.made, self.before = None, [], None
+        self.deaf = False           # a file SAVE that cannot be removed is not heard again
         self.begun = False          # a status was written: from here on the run has left traces
         self.step = None            # of the last heartbeat
         refusal = self._open() if group.rank == 0 else None
@@ -182,13 +183,16 @@ class RunDirectory:
 
     def wish(self):
         """What someone wants who has put a file into the directory: "STOP", "SAVE" or None; asks the disk."""
-        return next((name for name in (STOP, SAVE) if os.path.lexists(self.file(name))), None)
+        heard = (STOP,) if self.deaf else (STOP, SAVE)
+        return next((name for name in heard if os.path.lexists(self.file(name))), None)
 
     def granted(self):
         """A checkpoint was written: who wanted one sees that the file is gone."""
         if self.group.rank == 0:
-            with contextlib.suppress(OSError):
-                os.unlink(self.file(SAVE))
+            try:
+                self.file(SAVE).unlink(missing_ok=True)
+            except OSError:     # it is a folder, or the disk is in disorder
+                self.deaf = True
 
     def close(self):
         """Gives the lock back (rank 0)."""

@@ -26,8 +26,8 @@ from .walltime import WallTime, clock
 CODES = ("", "SIGUSR1", "SIGTERM", "Ctrl-C", "the time limit", "Slurm's time limit", "a file named STOP", "the program")
 LOOK = 2.0              # seconds between looks for the files STOP and SAVE
 MARGIN = 5.0            # seconds kept back before the time limit, beside two steps and two saves
+RETRY = 60.0            # seconds after a checkpoint that failed until a file SAVE is heard again
 WRITE_RATE = 2e8        # bytes/s of a save, before one was measured
-
 
 early = []              # reasons to stop that came before there was a StopFlag
 
@@ -58,7 +58,7 @@ class StopFlag:
         self.wants_save = False                     # a colleague wants a checkpoint
         self.step_seconds = self.save_seconds = 0.0  # longest of late; a limit leaves time for two of each
         self.guessed = True                         # no save was measured yet
-        self.last_call, self.last_look = None, -LOOK
+        self.last_call, self.last_look, self.deaf_until = None, -LOOK, 0.0
         self.old, self.functions, self.thread = {}, {}, None
 
     @property
@@ -79,6 +79,10 @@ class StopFlag:
         """Notes how long a checkpoint took, so that the time limit leaves room for one."""
         self.save_seconds = seconds if self.guessed else max(self.save_seconds, seconds)
         self.guessed = self.wants_save = False
+
+    def save_failed(self):
+        """No checkpoint could be written: a colleague's wish for one is not tried again after every step."""
+        self.wants_save, self.deaf_until = False, self.clock() + RETRY
 
     def expect_save(self, num_bytes, seconds=None):
         """Before a save was measured: what one of `num_bytes` will take, or took in an earlier part of the run."""
@@ -107,7 +111,7 @@ class StopFlag:
             wish = self.wished()
             if wish == "STOP":
                 self.request("a file named STOP")
-            self.wants_save = wish == "SAVE"
+            self.wants_save = wish == "SAVE" and now >= self.deaf_until
 
     def agree(self):
         """Whether any rank wants to stop: the same answer on all ranks. Collective, one number."""
@@ -163,7 +167,8 @@ class StopFlag:
 
     def _hear(self):
         """In the thread: reads the number of each signal; a 0 ends it."""
-        names = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM"}
+        names = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+        said = self.group.rank > 0
         while True:
             for number in os.read(self.pipe[0], 64):
                 if number == 0:
@@ -171,9 +176,11 @@ class StopFlag:
                 if number in self.functions:
                     self.functions[number]()
                 elif number in names and number in self.old:
-                    if self.group.rank == 0 and not self.code:
+                    if not said:
                         say(f"mpillm: {names[number]}: the run saves and stops after this step\n")
-                    self.request(names[number])
+                        said = True
+                    if number != signal.SIGINT:     # the handler counts these
+                        self.request(names[number])
 
     def uninstall(self):
         """Puts the old handlers back; SIGUSR2 gets its default only if `install` took it."""

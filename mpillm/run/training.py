@@ -166,6 +166,7 @@ class Training:
             try:
                 self.save()
             except SaveFailed as error:     # of all ranks alike; the next one may find room, the last one has to
+                self.stop.save_failed()
                 self.progress.note(f"step {self.step}: no checkpoint: {error}")
                 self.metrics.event("checkpoint failed", step=self.step, reason=str(error))
 

@@ -1,5 +1,6 @@
 """How long this job may still run: `run.time_limit`, and the limit of Slurm, which administrators may move while the job runs."""
 
+import math
 import os
 import re
 import subprocess
@@ -9,11 +10,14 @@ import time
 from . import launch
 
 ASK_AGAIN = 600.0       # seconds between questions to Slurm
+NO_ANSWER = 60.0        # seconds after one that got no answer
 SQUEUE_TIMEOUT = 20     # seconds
 
 
 def seconds_of(text):
-    """Slurm's way to write a duration, "1-02:03:04", "02:03:04" or "03:04", in seconds; None for other words (UNLIMITED, NOT_SET, ...)."""
+    """Slurm's way to write a duration, "1-02:03:04", "02:03:04", "03:04" or "UNLIMITED", in seconds; None for other words (NOT_SET, INVALID, ...)."""
+    if text.strip() == "UNLIMITED":
+        return math.inf
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
     if not match:
         return None
@@ -22,7 +26,7 @@ def seconds_of(text):
 
 
 def ask_slurm(job):
-    """Seconds that Slurm leaves the job; None where it gives no answer or no limit."""
+    """Seconds that Slurm leaves the job; None where it gives no answer."""
     try:
         answer = subprocess.run(["squeue", "--noheader", "--job", job, "--format", "%L"], capture_output=True, text=True, timeout=SQUEUE_TIMEOUT, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -60,7 +64,7 @@ class WallTime:
             left = self.ask(self.job)
             if left is not None:
                 self.slurm = clock() + left
-            if self.over.wait(ASK_AGAIN):
+            if self.over.wait(NO_ANSWER if left is None else ASK_AGAIN):
                 return
 
     def stop(self):
@@ -68,7 +72,8 @@ class WallTime:
 
     def limit(self):
         """(seconds, name) of the limit that comes first; (None, "") where there is none."""
-        limits = [(seconds, name) for seconds, name in ((self.own, "the time limit"), (self.slurm, "Slurm's time limit")) if seconds is not None]
+        both = (self.own, "the time limit"), (self.slurm, "Slurm's time limit")
+        limits = [(seconds, name) for seconds, name in both if seconds is not None and seconds < math.inf]
         return min(limits, default=(None, ""))
 
 

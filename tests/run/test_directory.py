@@ -73,6 +73,22 @@ def test_life_of_a_run(tmp_path):
     assert not [item for item in path.iterdir() if item.name.startswith(".")]
 
 
+def test_wishes_of_colleagues(tmp_path):
+    with RunDirectory(tmp_path / "run", Solo()) as run:
+        assert run.wish() is None
+        run.granted()
+        (run.path / "SAVE").touch()
+        assert run.wish() == "SAVE"
+        run.granted()
+        assert run.wish() is None
+        (run.path / "SAVE").mkdir()     # granted once; it cannot be removed
+        assert run.wish() == "SAVE"
+        run.granted()
+        assert run.wish() is None
+        (run.path / "STOP").symlink_to("nowhere")
+        assert run.wish() == "STOP"
+
+
 def test_a_second_run_is_refused_before_it_changes_a_byte(tmp_path):
     with RunDirectory(tmp_path / "run", Solo()) as run:
         run.status("running", step=3)

@@ -1,10 +1,12 @@
 """What is read from launchers' variables: pure functions of an environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import command_runs
 import pytest
 
 from mpillm.layout import launcher
@@ -84,14 +86,37 @@ def test_what_a_launcher_started(environ, found):
     assert (number, name if found[1] else "") == found
 
 
-@pytest.mark.parametrize("version, name, way", [
-    ("Open MPI v5.0.11, package: Open MPI root@host\0", "Open MPI v5.0.11", "--mpi=pmix"), ("MPICH Version:      5.0.2\nMPICH Release date: x", "MPICH 5.0.2", "--mpi=pmi2"),
-    ("MPI VERSION    : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)\n", "MPI VERSION : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)", "cray_shasta"),
-    ("Intel(R) MPI Library 2021.11 for Linux* OS\n", "Intel(R) MPI Library 2021.11 for Linux* OS", "I_MPI_PMI_LIBRARY")])
-def test_each_mpi_has_its_way_to_start(tmp_path, version, name, way):
+OPEN_MPI, MPICH = "Open MPI v5.0.11, package: Open MPI root@host\0", "MPICH Version:      5.0.2\nMPICH Release date: x\nMPICH configure:    --with-pm=hydra\n"
+CRAY = "MPI VERSION    : CRAY MPICH version 8.1.28.29 (ANL base 3.4a2)\n"
+
+
+@pytest.mark.parametrize("version, name, way, own", [
+    (OPEN_MPI, "Open MPI v5.0.11", "srun --mpi=pmix", "mpirun"), (MPICH, "MPICH 5.0.2", "srun --mpi=pmi2", "mpiexec"),
+    (CRAY, "CRAY MPICH 8.1.28.29", "srun --mpi=cray_shasta", None),
+    ("Intel(R) MPI Library 2021.11 for Linux* OS\n", "Intel(R) MPI Library 2021.11 for Linux* OS", "I_MPI_PMI_LIBRARY", None)])
+def test_each_mpi_has_its_way_to_start(tmp_path, version, name, way, own):
     assert launcher.short_library(version) == name and way in launcher.right_launcher(version, str(tmp_path))
-    (tmp_path / "mpirun").touch()
-    assert ("CRAY" in version or "Intel" in version) != (str(tmp_path) in launcher.right_launcher(version, str(tmp_path)))
+    for program in ("mpirun", "mpiexec"):
+        (tmp_path / program).touch()
+    assert launcher.right_launcher(version, str(tmp_path)).partition(str(tmp_path))[2] == (f"/{own})" if own else "")
+
+
+@pytest.mark.parametrize("version, environ, libraries, surely", [
+    (OPEN_MPI, {"PMI_RANK": "0"}, "libpmix.so.2", True), (OPEN_MPI, {}, "", True), (OPEN_MPI, {"PMIX_NAMESPACE": "slurm.pmix.1.0"}, "", False),
+    (OPEN_MPI.replace("v5", "v4"), {"PMI_RANK": "0"}, "", False),
+    (MPICH, {"PMIX_NAMESPACE": "slurm.pmix.1.0"}, "libmpi.so.12", True), (MPICH, {"PMIX_NAMESPACE": "x", "PMI_RANK": "0"}, "libmpi.so.12", False),
+    (MPICH, {"PMIX_NAMESPACE": "x"}, "libmpi.so.12\nlibpmix.so.2", False),
+    (MPICH.replace("--with-pm=hydra", "--with-pmix=/usr"), {"PMIX_NAMESPACE": "x"}, "libmpi.so.12", False),
+    (MPICH, {"PMIX_NAMESPACE": "x"}, "", False), (MPICH, {}, "libmpi.so.12", False), (CRAY, {"PMIX_NAMESPACE": "x"}, "libmpi.so.12", False)])
+def test_what_surely_does_not_join(version, environ, libraries, surely):
+    assert launcher.cannot_join(version, environ, libraries) == surely
+
+
+def test_one_task_of_srun_needs_no_mpi():
+    """MPICH 5 would abort where Slurm's default is PMIx; an mpirun below that task counts for itself."""
+    task = {"SLURM_STEP_NUM_TASKS": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_RANK": "0"}
+    assert not launch.launched(task) and launch.launched(task | {"SLURM_STEP_NUM_TASKS": "2"})
+    assert launch.launched(task | {"OMPI_COMM_WORLD_SIZE": "4"}) and launch.launched(task | {"PMIX_NAMESPACE": "prterun-n1-7@1"})
 
 
 def test_ranks_that_mpi_does_not_join_are_refused_once(tmp_path):
@@ -102,5 +127,30 @@ def test_ranks_that_mpi_does_not_join_are_refused_once(tmp_path):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2] and said[1] == ""
-    assert said[0].startswith("mpillm: error: 2 processes were started by srun, but MPI would make each a job of one rank: mpi4py uses ")
+    assert said[0].startswith("mpillm: error: 2 processes were started by srun, but MPI cannot join them into one job: mpi4py uses ")
     assert said[0].count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def is_hydra(mpirun):
+    """Whether it is MPICH's (or Intel's), not Open MPI's."""
+    return "HYDRA" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
+
+
+def foreign_mpirun():
+    """mpirun of another kind than that of the tests: of a second environment beside theirs, or of the machine; None where there is none."""
+    found = [*map(str, Path(sys.prefix).parent.glob(".venv*/bin/mpirun")), shutil.which("mpirun", path=os.defpath)]
+    own = command_runs.launcher()
+    return next((each for each in found if own and each and is_hydra(each) != is_hydra(own)), None)
+
+
+def test_the_mpirun_of_another_mpi_is_refused(tmp_path):
+    """MPI_Init is not called: of these pairs some abort there, and others print banners."""
+    mpirun = foreign_mpirun()
+    if mpirun is None:
+        pytest.skip("no mpirun of a second MPI")
+    done = subprocess.run([mpirun, *command_runs.command(["train", "job.toml"], ranks=3)[1:]], env=command_runs.environment(), cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    ours = [line for line in done.stdout.splitlines() if line.startswith("mpillm")]
+    assert done.returncode == 2 and len(ours) == 1, done.stdout
+    assert ours[0].startswith("mpillm: error: 3 processes were started by mp") and "PMI_Init" not in done.stdout and "no-pmix" not in done.stdout
+    assert list(tmp_path.iterdir()) == []

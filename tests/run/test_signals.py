@@ -1,5 +1,6 @@
 """Requests to stop: what sets the flag, and that all ranks agree."""
 
+import math
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mpillm.layout.comm import Solo
-from mpillm.run import signals
-from mpillm.run.signals import WRITE_RATE, StopFlag
+from mpillm.run import signals, walltime
+from mpillm.run.signals import RETRY, WRITE_RATE, StopFlag
 from mpillm.run.walltime import WallTime, seconds_of
 
 LAUNCHERS = ("OMPI_", "PMI", "PMIX", "PRTE", "SLURM", "MPI_", "HYDRA", "PALS")
@@ -99,6 +100,18 @@ def test_a_colleague_gets_a_checkpoint_and_the_run_goes_on():
     assert stop.wishes() == [1.0, 0.0]
 
 
+def test_a_checkpoint_that_failed_is_not_tried_after_every_step():
+    now = [0.0]
+    stop = StopFlag(Solo(), wished=lambda: "SAVE", clock=lambda: now[0])
+    assert stop.wishes() == [0.0, 1.0]
+    stop.save_failed()
+    asked = []
+    while now[0] < 1.5 * RETRY:
+        now[0] += 1.0
+        asked.append(stop.wishes()[1])
+    assert asked.index(1.0) + 1 == RETRY
+
+
 def test_room_for_the_first_save_is_guessed_from_its_size_or_an_earlier_one():
     stop = StopFlag(Solo())
     stop.expect_save(10 * WRITE_RATE)
@@ -113,7 +126,7 @@ def test_room_for_the_first_save_is_guessed_from_its_size_or_an_earlier_one():
 
 # ---- the time that is left ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0), ("UNLIMITED", None),
+@pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0), ("UNLIMITED\n", math.inf),
                                            ("NOT_SET", None), ("INVALID", None), ("", None), ("-1:00", None)])
 def test_slurms_durations(text, seconds):
     assert seconds_of(text) == seconds
@@ -135,12 +148,24 @@ def test_the_earlier_limit_counts_and_slurm_may_move_its_own():
     assert 499 <= wall.limit()[0] - began <= 505
 
 
-def test_no_answer_of_slurm_leaves_what_it_said_before():
-    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 50)}
-    wall = WallTime(None, environ, ask=lambda job: None)
+@pytest.mark.parametrize("answers, limit", [([None], "Slurm's time limit"), ([math.inf], ""), ([None, None, math.inf], ""), ([math.inf, None], "")])
+def test_what_slurm_said_last_counts_and_no_answer_is_asked_for_again(monkeypatch, answers, limit):
+    monkeypatch.setattr(walltime, "NO_ANSWER", 0.01)
+    environ, left = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 50)}, list(answers)
+    wall = WallTime(None, environ, ask=lambda job: left.pop(0) if left else None)
     wall.start()
+    time.sleep(0.2)
     wall.stop()
-    assert wall.limit()[1] == "Slurm's time limit"
+    assert left == ([None] if answers == [math.inf, None] else []) and wall.limit()[1] == limit    # after an answer there is time
+
+
+@pytest.mark.parametrize("script, seconds", [("echo 1:30", 90), ("echo UNLIMITED", math.inf), ("echo INVALID", None), ("exit 1", None), (None, None)])
+def test_squeue_is_asked(tmp_path, monkeypatch, script, seconds):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "squeue").write_text(f'#!/bin/sh\ntest "$*" = "--noheader --job 7 --format %L" || exit 3\n{script}\n')
+        (tmp_path / "squeue").chmod(0o755)
+    assert walltime.ask_slurm("7") == seconds
 
 
 # ---- signals while the main thread waits ----------------------------------------------------------------------------
@@ -167,6 +192,38 @@ def test_signals_are_heard_while_the_main_thread_waits_in_c():
         assert process.stderr.readline() == "mpillm: SIGUSR1: the run saves and stops after this step\n"
         process.send_signal(signal.SIGRTMIN + 2)
         assert process.wait(5) == 77
+
+
+def test_a_request_to_stop_is_said_once(plain, capsys):
+    """Also where the handler comes first, since the main thread does not wait."""
+    with StopFlag(Solo()) as stop:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert stop.reason == "Ctrl-C"
+    assert capsys.readouterr().err == "mpillm: Ctrl-C: the run saves and stops after this step\n"
+
+
+@pytest.mark.ranks
+def test_a_rank_hears_while_it_waits_for_a_message(group):
+    if group.size == 1:
+        return      # nobody to wait for
+    teller, told = group.size - 1, []
+    pid = group.share(os.getpid() if group.rank == 0 else None)
+    with StopFlag(group) as stop:
+        if group.rank == 0:
+            stop.on_signal(signal.SIGRTMIN + 3, lambda: told.append(stop.reason))
+        group.barrier()
+        if group.rank == teller:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGRTMIN + 3)
+            time.sleep(0.3)
+            group.handle.Send([bytearray(1), group.mpi.BYTE], 0, 7)
+        elif group.rank == 0:
+            group.handle.Recv([bytearray(1), group.mpi.BYTE], teller, 7)
+            assert told == ["SIGUSR1"]      # before the message came
+        assert stop.explain() == "SIGUSR1"
 
 
 def test_the_thread_and_its_descriptor_are_put_back():
