@@ -57,7 +57,7 @@ def test_every_command_has_help(capsys, command):
 
 @pytest.mark.parametrize("arguments, line", [
     (["inspct"], "unknown command 'inspct'; did you mean 'inspect'?"),
-    (["xyz"], "unknown command 'xyz'; commands are prepare, train, evaluate, generate, verify, inspect"),
+    (["xyz"], "unknown command 'xyz'; commands are prepare, train, submit, doctor, evaluate, generate, verify, inspect"),
     (["inspect"], "inspect: the following arguments are required: FILE; see mpillm inspect --help"),
     (["inspect", "x", "--jsno"], "inspect: unrecognized arguments: --jsno; see mpillm inspect --help"),
     (["inspect", "missing.h5"], "missing.h5: cannot read the token file: No such file or directory; make it with `mpillm prepare`"),
