@@ -57,7 +57,9 @@ def _train(job, sizes, data, group, ops, line):
     from ..config import job_to_toml
     from ..layout.journal import JOURNAL
     from ..layout.mesh import Mesh
-    from ..run import faults, launch
+    from ..run import faults, launch, recovery
+    from ..run.connect import connect
+    from ..run.data import TrainingData
     from ..run.directory import RunDirectory
     from ..run.health import poison
     from ..run.metrics import Metrics
@@ -70,20 +72,33 @@ def _train(job, sizes, data, group, ops, line):
     from ..run.watchdog import Watchdog
 
     check_vocabulary(job, data.vocabulary)
-    faults.install(JOURNAL, group.rank, {"flip": lambda: flip_bit(training.model), "nan": lambda: poison(training.trainer)})
+    recovery.check(job, group)
     path = os.path.join("runs", job.run.name)
-    with RunDirectory(path, group) as directory, Progress(group, directory.file("log.txt")) as progress, \
-            Metrics(directory.file("metrics.jsonl"), group) as metrics, \
-            StopFlag(group, WallTime(job.run.time_limit), directory.wish) as stop, \
-            Watchdog(group, directory, stop, job.run.hang_timeout):
-        session = build(job, Mesh(group, sizes), data.vocabulary, ops)
-        for note in (session.ops.note, line):
-            if note:
-                progress.note(note)
-        launch.moment("model")
-        training = Training(session, directory, data, metrics, progress, stop)
-        training.prepare()
-        launch.moment("weights")
-        directory.write_job(job_to_toml(job))
-        directory.status("running", step=training.step)
-        return training.run()
+
+    def attempt(group, sizes, recovered, began, holder):
+        """Trains on these ranks to the end, or until one of them dies."""
+        training, know = None, data if recovered is None else TrainingData(job, group)
+        with Progress(group, directory.file("log.txt")) as progress, Metrics(directory.file("metrics.jsonl"), group) as metrics, \
+                Watchdog(group, directory, stop, job.run.hang_timeout):
+            ranks = group if recovered is None else connect(group, ops, job.communication.transport)[0]
+            session = build(job, Mesh(ranks, sizes), data.vocabulary, ops)
+            for note in (session.ops.note, line) if recovered is None else ():
+                if note:
+                    progress.note(note)
+            launch.moment("model")
+            training = holder["training"] = Training(session, directory, know, metrics, progress, stop)
+            if recovered is None:
+                training.prepare()
+                launch.moment("weights")
+            else:
+                recovery.take_over(training, recovered, began)
+                recovered.state = None      # the memory of what was before
+                launch.moments.clear()      # of a start that was told
+            directory.write_job(job_to_toml(job))
+            directory.status("running", step=training.step)
+            return training.run()
+
+    holder = {}
+    faults.install(JOURNAL, group.rank, {"flip": lambda: flip_bit(holder["training"].model), "nan": lambda: poison(holder["training"].trainer)})
+    with RunDirectory(path, group) as directory, StopFlag(group, WallTime(job.run.time_limit), directory.wish) as stop:
+        return recovery.run(job, sizes, group, attempt, directory, stop, holder)

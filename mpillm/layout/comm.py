@@ -37,6 +37,7 @@ from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
 LATER = 1.0                 # seconds
+GROUPS = []                 # all that were made, for the day on which a rank dies (ulfm.py)
 FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of started calls (MPI guarantees tags up to 32767)
 
 
@@ -160,6 +161,7 @@ class Group:
     def __init__(self, handle, name="world"):
         from mpi4py import MPI
         self.mpi, self.handle, self.name, self.journal = MPI, handle, name, JOURNAL
+        GROUPS.append(self)
         self.rank, self.size, self._tag = handle.Get_rank(), handle.Get_size(), FIRST_TAG
 
     def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
@@ -460,6 +462,12 @@ def world():
             elif started()[0] > 1:
                 refuse_lone_rank(MPI.Get_library_version())
     return _world
+
+
+def set_world(group):
+    """After ranks were lost: from now on these are all ranks."""
+    global _world
+    _world = group
 
 
 def start_mpi():

@@ -303,6 +303,10 @@ class Bucket:
     def _part(self, buffer, parameter):
         return buffer[parameter.offset:parameter.offset + parameter.held.size].reshape(parameter.held.shape)
 
+    def whole_state(self):
+        """Under ZeRO 0: the arrays that are all of this bucket's state, and that every replica has."""
+        return [self.kept, *([] if self.masters is None else [self.masters]), *self.moments]
+
     # ---- values ---------------------------------------------------------------------------------------------------
 
     @property

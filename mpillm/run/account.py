@@ -69,7 +69,7 @@ class Account:
             line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
         self.metrics.step(line, write=step % self.job.run.log_every == 0 or step == self.job.train.steps)
         self.progress.step(line)
-        if self.steps == 1:
+        if self.steps == 1 and launch.moments:
             self.tell_start(step)
 
     def tell_start(self, step):

@@ -194,6 +194,16 @@ class RunDirectory:
             except OSError:     # it is a folder, or the disk is in disorder
                 self.deaf = True
 
+    def inherit(self, group):
+        """After ranks were lost: `group` goes on, its rank 0 with the lock; a rank without a group leaves. Not collective."""
+        first = group is not None and group.rank == 0
+        if self.held and not first:
+            os.close(self.held.descriptor)
+            self.held = None
+        elif first and not self.held:
+            self.held = lock.adopt(self.path / lock.NAME, self.token)
+        self.group = group or self.group
+
     def close(self):
         """Gives the lock back (rank 0)."""
         if self.held:

@@ -1,7 +1,7 @@
 """Faults on purpose, to prove what a run does about them: MPILLM_FAULT="phase:rank:step:action[,...]", off by default.
 
-A fault happens when the rank enters the phase (of `Journal.phase`) in that step; `*` stands for any phase, rank or step, and each fault
-happens once. For tests of sites and of mpillm; nothing reads the variable but a run.
+A fault happens when the rank enters the phase (of `Journal.phase`) in that step; `*` stands for any phase, rank or step. A fault of
+one step happens once. For tests of sites and of mpillm; nothing reads the variable but a run.
 
 | action | does |
 |---|---|
@@ -110,7 +110,8 @@ class Faults:
                 time.sleep(max(0.0, worked * (self.factor - 1)))
             for fault in list(self.faults):
                 if fault.phase in ("*", phase) and fault.step in ("*", str(step)):
-                    self.faults.remove(fault)
+                    if fault.step != "*":
+                        self.faults.remove(fault)
                     name, _, value = fault.action.partition("=")
                     say(f"mpillm: fault {':'.join(fault)} at {time.time():.3f} on rank {self.rank} in step {step}\n")
                     self.actions[name](*([value] if value else []))

@@ -192,6 +192,15 @@ def acquire(directory):
             return _take_over(path, owner, me)
 
 
+def adopt(path, token):
+    """The lock of this run, whose owner was a rank that died, for this process."""
+    me = this_process() | {"token": token}
+    temporary = Path(path).with_name(f"{NAME}.{me['token']}")
+    descriptor = _create(temporary, me)
+    os.rename(temporary, path)
+    return Held(path, me, descriptor)
+
+
 def _create(path, me):
     """Makes a lock file that was not there; returns its descriptor."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

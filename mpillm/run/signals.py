@@ -124,6 +124,12 @@ class StopFlag:
         self.code = int(self.group.all_reduce(np.array([self.code], np.int64), "max")[0])
         return CODES[self.code]
 
+    def inherit(self, group):
+        """After ranks were lost: `group` goes on."""
+        self.group, self.last_call = group, None
+        if group.rank == 0:
+            self.wall.start()
+
     # ---- signals ------------------------------------------------------------------------------------------------
 
     def install(self):

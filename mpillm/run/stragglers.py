@@ -12,7 +12,7 @@ import numpy as np
 
 PERIOD = 5              # steps between comparisons
 SLOW = 1.5              # times the median of the others
-LEAST = 5e-3            # seconds of computing in a step below which nothing is judged
+LEAST = 2e-2            # seconds of computing in a step below which nothing is judged
 AGAIN = 3               # comparisons in a row in which a rank has to be slow to be named
 OWN_HISTORY = 20        # comparisons that a rank without an equal is compared with
 

@@ -61,6 +61,7 @@ class Training:
         self.saved_step = None              # step of the newest checkpoint
         self.changes = []                   # lines of every resume that changed the job
         self.loaded = None                  # entries of the checkpoint that is read
+        self.ready = False                  # weights, samples and counters are there
         self.account = Account(session, metrics, progress)
         self.health = Health(self)
 
@@ -74,6 +75,7 @@ class Training:
         checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops.host, self.progress.note)
         if checkpoint is not None:
             self._resume(checkpoint)
+            self.ready = True
             return
         if self.job.train.start:
             start = load_named(self.job.train.start, self._weights_for, self.group, self.ops.host, self.progress.note)
@@ -82,6 +84,20 @@ class Training:
         else:
             self.model.initialize()
         self.source = Continued(self.data.batches())
+        self.ready = True
+
+    def facts(self):
+        """JSON-able: all of the state but tensors, as of the last step done."""
+        return {"step": self.step, "saved_step": self.saved_step, "samples": self.samples, "tokens": self.tokens, "changes": self.changes,
+                "loss_scale": list(self.trainer.loss_scale[:2]), "cursor": self.source.cursor_after(self.samples)}
+
+    def adopt(self, facts):
+        """Goes on where `facts` of another Training stood; the tensors are the caller's matter."""
+        self.step, self.saved_step, self.samples = facts["step"], facts["saved_step"], facts["samples"]
+        self.tokens, self.changes = facts["tokens"], facts["changes"]
+        self.trainer.loss_scale = self.trainer.loss_scale.resumed(facts["loss_scale"])
+        self.source = Continued(self.data.batches(facts["cursor"]))
+        self.ready = True
 
     def _entries_for(self, checkpoint):
         """The tensors to load, once the job is known to fit the checkpoint."""
@@ -213,7 +229,8 @@ class Training:
         if self.trainer.loss_scale.dynamic:
             manifest["loss_scale"] = list(self.trainer.loss_scale[:2])
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
-                    {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops.host, self.job.checkpoint.keep)
+                    {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops.host, self.job.checkpoint.keep,
+                    "offsets" if self.job.run.on_failure == "continue" else None)      # a rank that waits in HDF5's own communicator could not be woken
         JOURNAL.phase("between")
         self.saved_step = self.step
         seconds = time.monotonic() - started

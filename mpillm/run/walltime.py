@@ -52,11 +52,12 @@ class WallTime:
         end = environ.get("SLURM_JOB_END_TIME", "")
         if self.job and end.isdigit():
             self.slurm = clock() + int(end) - time.time()
-        self.over = threading.Event()
+        self.over, self.asking = threading.Event(), False
 
     def start(self):
         """Asks Slurm now and again, in a thread: squeue may take long. Rank 0 does it."""
-        if self.job:
+        if self.job and not self.asking:
+            self.asking = True
             threading.Thread(target=self._keep_asking, daemon=True, name="wall time").start()
 
     def _keep_asking(self):

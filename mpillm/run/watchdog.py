@@ -93,6 +93,14 @@ class Watchdog:
         self.limits, self.monitor, self.record, self.stacks = Limits(hang_timeout), None, None, None
 
     def __enter__(self):
+        try:
+            self._open()
+        except BaseException:       # a rank died meanwhile
+            self.__exit__()
+            raise
+        return self
+
+    def _open(self):
         self.record = JOURNAL.record = Record()
         descriptor, path = tempfile.mkstemp(prefix="mpillm-stacks-", dir=os.path.dirname(self.record.path))
         self.stacks, self.stacks_path = os.fdopen(descriptor, "w"), path
@@ -110,7 +118,6 @@ class Watchdog:
             self._start({"ranks": ours, "host": socket.gethostname(), "node": sum(leads[:self.group.rank]), "nodes": sum(leads), "stamp": stamp,
                          "num_ranks": self.group.size, "directory": str(self.directory.path.resolve()), "token": self.directory.token})
         JOURNAL.phase("load")
-        return self
 
     def _start(self, config):
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -132,7 +139,8 @@ class Watchdog:
 
     def __exit__(self, *error):
         JOURNAL.record = None
-        JOURNAL.listeners.remove(self._listen)
+        if self._listen in JOURNAL.listeners:
+            JOURNAL.listeners.remove(self._listen)
         self.record.limit(0.0)      # a monitor that outlives this, since its parent died, is to leave the rank alone
         faulthandler.unregister(DUMP)
         if self.monitor:

@@ -179,7 +179,7 @@ def test_usr1_in_any_phase_leaves_a_valid_checkpoint(place, number):
 # ---- slow ranks -----------------------------------------------------------------------------------------------------
 
 def test_a_rank_at_half_speed_is_named_within_20_steps(place):
-    shape = ("model.width=64", "model.layers=4", "model.context=64", "model.heads=4")
+    shape = ("model.width=128", "model.layers=4", "model.context=128", "model.heads=4")
     done, _ = train(place, "half", "data:1:10:slow=2", *shape, ranks=2)
     assert done.code == 0, done.text
     steps, events = read_metrics(place / "runs" / "half" / "metrics.jsonl")

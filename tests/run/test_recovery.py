@@ -1,0 +1,141 @@
+"""A rank is killed and the run goes on: the same samples in the same order, the same losses, the same weights as the uninterrupted run.
+
+5 kills of random ranks at random moments here, 20 with `tests/run.sh --long`. Needs Open MPI 5 (`mpirun --with-ft ulfm`).
+"""
+
+import json
+import random
+import subprocess
+
+import numpy as np
+import pytest
+from command_runs import environment, launcher, run
+from test_faults import JOB, full, train
+
+from mpillm.run.metrics import read_metrics
+from mpillm.run.recovery import State, common_step, complete_replicas
+
+STEPS = 60
+DOUBLE = ("precision.compute=float64", "checkpoint.every=10", "run.hang_timeout=20")
+
+
+def with_ulfm():
+    """Whether the launcher knows fault tolerance."""
+    if launcher() is None:
+        return False
+    done = subprocess.run([launcher(), "--version"], capture_output=True, text=True, env=environment(), check=False)
+    return "Open MPI) 5" in done.stdout or "PRRTE" in done.stdout or "(Open MPI) 5." in done.stdout
+
+
+needs_ulfm = pytest.mark.skipif(not with_ulfm(), reason="the launcher is not that of Open MPI 5: no fault tolerance")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("recovery")
+    (place / "job.toml").write_text(JOB)
+    return place
+
+
+@pytest.fixture
+def fault_tolerant(monkeypatch):
+    """Launches with `--with-ft ulfm`."""
+    import command_runs
+    plain = command_runs.command
+    monkeypatch.setattr(command_runs, "command", lambda *arguments, **more: [part for word in plain(*arguments, **more)
+                                                                            for part in ([word, "--with-ft", "ulfm"] if word == launcher() else [word])])
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """Losses of the uninterrupted run; on one rank, for the layout does not change them."""
+    done = run("train", "job.toml", "run.name=whole", *DOUBLE, cwd=place)
+    assert done.code == 0, done.text
+    return losses(place, "whole")
+
+
+def losses(place, name):
+    return np.array([line["loss"] for line in read_metrics(place / "runs" / name / "metrics.jsonl")[0]])
+
+
+def went_on(place, name):
+    return [event for event in read_metrics(place / "runs" / name / "metrics.jsonl")[1] if event["event"] == "went on"]
+
+
+def finished(place, name, whole, done, kills=1):
+    """Asserts that the run came to its end as the uninterrupted one; the events of going on."""
+    status, events = json.loads((place / "runs" / name / "status.json").read_text()), went_on(place, name)
+    assert status["state"] == "finished" and status["exit"] == 0 and status["step"] == STEPS, done.text
+    found = losses(place, name)
+    assert len(found) == STEPS and np.abs(found / whole - 1).max() < 1e-10, done.text      # the goal is 1e-5
+    assert len(events) == kills and all(event["seconds"] < 5 for event in events), events
+    assert not (place / "runs" / name / "lock").exists() and not list((place / "runs" / name).glob("hang-*"))
+    return events
+
+
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "between", "save", "write", "verify", "publish")
+
+
+@needs_ulfm
+@pytest.mark.parametrize("number", full(20))
+def test_a_run_goes_on_without_a_rank_that_was_killed(place, fault_tolerant, whole, number):
+    draw = random.Random(number)
+    phase = PHASES[number % len(PHASES)]
+    rank, step = draw.randrange(4) if number else 0, draw.choice([20, 30, 40]) if phase in PHASES[6:] else draw.randrange(3, 55)
+    zero = (0, 0, 1, 0, 2)[number % 5]
+    name = f"killed-{number}"
+    done, _ = train(place, name, f"{phase}:{rank}:{step}:kill", "run.on_failure=continue", f"mesh.zero={zero}", *DOUBLE)
+    event, = finished(place, name, whole, done)
+    assert event["ranks"] == 3 and event["source"] == ("memory" if zero == 0 else "checkpoint") and f"rank {rank} died in step" in done.text
+
+
+@needs_ulfm
+@pytest.mark.parametrize("layout, ranks", [(("mesh.tp=2", "mesh.zero=0"), 2), (("mesh.pp=2", "mesh.zero=1", "train.micro_batch=2"), 2)])
+def test_what_is_left_of_a_replica_leaves(place, fault_tolerant, whole, layout, ranks):
+    name = layout[0].replace("=", "-")
+    done, _ = train(place, name, "forward:0:33:kill", "run.on_failure=continue", *layout, *DOUBLE)
+    assert finished(place, name, whole, done)[0]["ranks"] == ranks
+
+
+@needs_ulfm
+def test_two_ranks_die_one_after_the_other(place, fault_tolerant, whole):
+    done, _ = train(place, "twice", "forward:3:15:kill,reduce:1:44:kill", "run.on_failure=continue", "mesh.zero=0", *DOUBLE)
+    assert [event["ranks"] for event in finished(place, "twice", whole, done, kills=2)] == [3, 2]
+
+
+@needs_ulfm
+def test_without_a_complete_replica_the_run_ends(place, fault_tolerant):
+    done, _ = train(place, "none-left", "forward:1:20:kill", "run.on_failure=continue", "mesh.tp=4", "model.heads=4", *DOUBLE)
+    assert done.code != 0 and "no complete replica is left" in done.text
+    assert json.loads((place / "runs" / "none-left" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.skipif(launcher() is None, reason="no mpirun")
+def test_it_is_refused_where_mpi_cannot(place):
+    done = run("train", "job.toml", "run.name=refused", "run.on_failure=continue", cwd=place, ranks=2)
+    assert done.code == 2 and "start with `mpirun --with-ft ulfm`" in done.ours[0] and not (place / "runs" / "refused").exists()
+
+
+# ---- what is agreed upon --------------------------------------------------------------------------------------------
+
+SIZES = {"pp": 2, "dp": 3, "cp": 1, "tp": 2, "ep": 1}
+
+
+def state():
+    return State(None, 0, SIZES)
+
+
+def test_complete_replicas_are_kept():
+    everyone = list(range(12))      # rank = (pp x 3 + dp) x 2 + tp
+    assert complete_replicas(state(), everyone) == everyone
+    assert complete_replicas(state(), [rank for rank in everyone if rank != 9]) == [0, 1, 4, 5, 6, 7, 10, 11]
+    assert complete_replicas(state(), [0, 1, 2, 6, 8, 11]) == []
+
+
+def test_the_newest_step_that_every_place_has_is_taken():
+    def told(steps, whole=True):
+        return [{"rank": rank, "step": step, "whole": whole, "host": "n"} for rank, step in steps.items()]
+    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5, 2: 6, 3: 6, 8: 6, 9: 6})) == 6
+    assert common_step(state(), told({0: 6, 1: 5, 6: 5, 7: 5, 2: 5, 3: 6, 8: 6, 9: 6})) == 6
+    assert common_step(state(), told({0: 6, 1: 5, 6: 6, 7: 5})) is None          # one moved on, the other did not
+    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5}, whole=False)) is None
