@@ -3,4 +3,4 @@
 Importing the package starts nothing: no MPI, no GPU, no configuration.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

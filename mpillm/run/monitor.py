@@ -29,6 +29,7 @@ VERDICT = 6.0           # seconds that the others wait for the lead
 GENTLE = 0.7            # seconds that a rank has to end by itself
 ENDED = "ended"         # a file: the lead has reported
 LAST_CALLS = 16         # of each rank in the report
+CLOSED = -1.0           # the limit of a rank that is watched no longer
 
 DUMP, END = signal.SIGRTMIN + 1, signal.SIGRTMIN + 2      # to a rank: write your stacks; end with code 77
 
@@ -126,7 +127,8 @@ class Monitor:
             now = time.monotonic()
             if not parent or now - asked_alive > ALIVE:
                 asked_alive = now
-                if not any([each.look_at_process() for each in self.ranks]):
+                living = [each for each in self.ranks if each.look_at_process()]
+                if all(each.record.state().limit == CLOSED for each in living):
                     return
             for each in self.ranks:
                 each.look(min(now - before, 4 * POLL))      # not the time in which this process was suspended itself
@@ -135,8 +137,8 @@ class Monitor:
                 return
 
     def _alarm(self):
-        """Whether a rank of this node is overdue, or one of another node is and ours wait too."""
-        late = [each for each in self.ranks if each.overdue]
+        """Whether a rank of this node is overdue, or one of another node is and ours wait too; one that is no more is missed by the others."""
+        late = [each for each in self.ranks if each.overdue and each.look_at_process()]
         if late:
             states = [each.look_at_process() for each in self.ranks]
             return not all(state in ("T", "t") for state in states) or self.folder.is_dir()

@@ -21,7 +21,7 @@ from ..layout.journal import JOURNAL
 from ..layout.node import gather_on_node
 from ..layout.record import Record
 from . import ending, lock
-from .monitor import DUMP, END
+from .monitor import CLOSED, DUMP, END
 
 FACTOR = 5              # of the longest so far, as NVIDIA's resiliency extension has it (RELIABILITY: NVRx safety_factor)
 LEAST = 60.0            # seconds
@@ -141,7 +141,7 @@ class Watchdog:
         JOURNAL.record = None
         if self._listen in JOURNAL.listeners:
             JOURNAL.listeners.remove(self._listen)
-        self.record.limit(0.0)      # a monitor that outlives this, since its parent died, is to leave the rank alone
+        self.record.limit(CLOSED)   # a monitor that outlives this, since its parent died, is to leave the rank alone
         faulthandler.unregister(DUMP)
         if self.monitor:
             with contextlib.suppress(OSError):

@@ -137,6 +137,17 @@ def test_no_alarm_while_ranks_work_or_have_no_limit_and_an_end_with_them(start, 
     assert monitor.wait(5) == 0
 
 
+def test_ranks_that_go_on_without_a_dead_one_are_left_alone(start, tmp_path):
+    """Its parent died, so nobody tells this monitor; the rank that lives is watched by another one."""
+    rank, monitors = start
+    dead, alive = rank("busy"), rank("closed", -1.0)
+    monitor, = monitors([dead, alive])
+    monitor.stdin.close()
+    dead.kill()
+    dead.wait()
+    assert monitor.wait(5) == 0 and alive.poll() is None and not (tmp_path / "hang-now").exists()
+
+
 def test_it_ends_when_the_run_does(start):
     rank, monitors = start
     monitor, = monitors([rank("works")])
