@@ -54,51 +54,17 @@ def _train(job, sizes, data, group, ops, line):
     """Builds what a run needs around the Training, and ends it in order."""
     import os
 
-    from ..config import job_to_toml
     from ..layout.journal import JOURNAL
-    from ..layout.mesh import Mesh
-    from ..run import faults, launch, recovery
-    from ..run.connect import connect
-    from ..run.data import TrainingData
+    from ..run import faults, recovery
     from ..run.directory import RunDirectory
-    from ..run.health import poison
-    from ..run.metrics import Metrics
-    from ..run.progress import Progress
-    from ..run.replicas import flip_bit
-    from ..run.session import build, check_vocabulary
+    from ..run.life import Life
+    from ..run.session import check_vocabulary
     from ..run.signals import StopFlag
-    from ..run.training import Training
     from ..run.walltime import WallTime
-    from ..run.watchdog import Watchdog
 
     check_vocabulary(job, data.vocabulary)
     recovery.check(job, group)
-    path = os.path.join("runs", job.run.name)
-
-    def attempt(group, sizes, recovered, began, holder):
-        """Trains on these ranks to the end, or until one of them dies."""
-        training, know = None, data if recovered is None else TrainingData(job, group)
-        with Progress(group, directory.file("log.txt")) as progress, Metrics(directory.file("metrics.jsonl"), group) as metrics, \
-                Watchdog(group, directory, stop, job.run.hang_timeout):
-            ranks = group if recovered is None else connect(group, ops, job.communication.transport)[0]
-            session = build(job, Mesh(ranks, sizes), data.vocabulary, ops)
-            for note in (session.ops.note, line) if recovered is None else ():
-                if note:
-                    progress.note(note)
-            launch.moment("model")
-            training = holder["training"] = Training(session, directory, know, metrics, progress, stop)
-            if recovered is None:
-                training.prepare()
-                launch.moment("weights")
-            else:
-                recovery.take_over(training, recovered, began)
-                recovered.state = None      # the memory of what was before
-                launch.moments.clear()      # of a start that was told
-            directory.write_job(job_to_toml(job))
-            directory.status("running", step=training.step)
-            return training.run()
-
-    holder = {}
-    faults.install(JOURNAL, group.rank, {"flip": lambda: flip_bit(holder["training"].model), "nan": lambda: poison(holder["training"].trainer)})
-    with RunDirectory(path, group) as directory, StopFlag(group, WallTime(job.run.time_limit), directory.wish) as stop:
-        return recovery.run(job, sizes, group, attempt, directory, stop, holder)
+    with RunDirectory(os.path.join("runs", job.run.name), group) as directory, StopFlag(group, WallTime(job.run.time_limit), directory.wish) as stop:
+        life = Life(job, data, ops, line, directory, stop)
+        faults.install(JOURNAL, group.rank, life.faults())
+        return recovery.run(life, sizes, group)

@@ -130,32 +130,23 @@ def _recover(job, world, state):
     return Recovered(group, sizes, state if step is not None else None, step, line)
 
 
-def run(job, sizes, group, attempt, directory, stop, holder):
-    """Runs `attempt(group, sizes, recovered, began, holder)` until it comes to an end; the exit code.
-
-    Parameters
-    ----------
-    attempt : callable
-        Trains; puts the Training into `holder["training"]`, so that it is there when a rank dies.
-    directory : RunDirectory
-    stop : StopFlag
-    holder : dict
-    """
+def run(life, sizes, group):
+    """Lets a Life train until it comes to an end, without the ranks that die meanwhile; the exit code. Collective."""
     recovered, began = None, 0.0
     while True:
-        holder.clear()
+        life.training = None
         try:
-            return attempt(group, sizes, recovered, began, holder)
+            return life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
         except Exception as error:
-            if job.run.on_failure != "continue" or group.size == 1 or not ulfm.is_failure(error):
+            if life.job.run.on_failure != "continue" or group.size == 1 or not ulfm.is_failure(error):
                 raise
         began = time.monotonic()
-        recovered = recover(job, group, State(holder.get("training"), group.rank, sizes))
-        directory.inherit(recovered.group)
+        recovered = recover(life.job, group, State(life.training, group.rank, sizes))
+        life.directory.inherit(recovered.group)
         if recovered.group is None:
             return ending.FINISHED
         group, sizes = recovered.group, recovered.sizes
-        stop.inherit(group)
+        life.stop.inherit(group)
 
 
 def take_over(training, recovered, began):
@@ -176,6 +167,7 @@ def take_over(training, recovered, began):
                     new.ops.copy(array, kept)
                 if not all(good):
                     new.group.broadcast(array, good.index(True))
+        recovered.state = None      # gives the memory of what was before back
         source = f"memory, step {training.step}"
     nodes = training.group.size
     training.progress.note(f"{recovered.line}; went on with {nodes} rank{'s' * (nodes > 1)} from {source} after {time.monotonic() - began:.2f} s")
