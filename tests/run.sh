@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up the environment with the test extras, then runs the tests: those without ranks in one process, those with a real
-# Slurm, those marked `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8 too. The last line is
+# Sets up the environment with the test extras, then runs the tests: those without ranks in one process, those of runs that
+# fail and those with a real Slurm apart, those marked `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8 too. The last line is
 # "N passed, N failed".
 #   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too
@@ -59,10 +59,13 @@ part() {
   summary+=$(printf '%-12s %5d passed %4d failed %4d skipped %6d s%s' "$name" "$good" "$bad" "$skipped" $((SECONDS - began)) "$note")$'\n'
 }
 
-apart=()
-[ ${#paths[@]} -gt 0 ] || apart=(--ignore=tests/slurm)
-part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" ${apart[@]+"${apart[@]}"} ${paths[@]+"${paths[@]}"}
-[ ${#paths[@]} -gt 0 ] || part "slurm" python -m pytest -q -rs --color=$color tests/slurm
+if [ ${#paths[@]} -gt 0 ]; then
+  part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
+else
+  part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
+  part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
+  part "slurm" python -m pytest -q -rs --color=$color tests/slurm
+fi
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
 done
