@@ -82,7 +82,7 @@ class Replicas:
         found = []
         for table, ops, array in replicated(bucket):
             for parameter in bucket.parameters:
-                wrong, sure = judge(group.collect(array_hash(ops, array[parameter.offset:parameter.offset + parameter.held.size])))
+                wrong, sure = judge(group.collect(array_hash(ops, array[parameter.offset:parameter.offset + parameter.held.size].copy())))     # aligned
                 if wrong:
                     found.append(Difference(table + parameter.name, [members[place] for place in wrong], sure))
         return found

@@ -119,3 +119,12 @@ def test_tensor_hash(cuda, dtype, shape):
 def test_tensor_hash_of_one_dim(cuda):
     array = random(2, 77, dtype=np.float32)
     assert cuda.tensor_hash(cuda.from_host(array), 0, 4, 100) == REFERENCE.tensor_hash(array, 0, 4, 100)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [1, 2, 4097])
+def test_hash_of_replicas(cuda, dtype, size):
+    """As ranks on CPUs have it, for 16-bit floats too."""
+    from mpillm.run.replicas import array_hash
+    array = np.random.default_rng(3).standard_normal(size).astype(np.dtype(dtype))
+    assert array_hash(cuda, cuda.from_host(array)) == array_hash(REFERENCE, array)
