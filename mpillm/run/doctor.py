@@ -28,7 +28,7 @@ from .account import gemm_rate
 from .session import TYPES, open_device
 
 STAGE = 120.0           # seconds after which a check that hangs ends the job
-LATER = 1.0             # seconds in which all ranks say so; the launcher ends the job with the first one that is gone
+LATER = 2.0             # seconds in which all ranks say so; the launcher ends the job with the first one that is gone
 LAST_RESORT = 10.0      # seconds more, where a library hangs and keeps Python from saying anything
 WRITTEN = 16 << 20      # bytes that each rank writes
 MOST_WRITTEN = 4 << 30  # bytes that all of them write
@@ -41,12 +41,13 @@ class Deadline:
     """Ends the job where a check comes to no end, and names it: by a thread, since a rank that waits in MPI runs no handler."""
 
     def __init__(self, rank, seconds=STAGE):
-        self.rank, self.seconds, self.timer = rank, seconds, None
+        self.rank, self.seconds, self.timer, self.number = rank, seconds, None, 0
 
-    def enter(self, stage):
+    def enter(self, check):
         """The next check begins."""
         self.leave()
-        self.timer = threading.Timer(self.seconds, self._over, [stage])
+        self.number += 1
+        self.timer = threading.Timer(self.seconds, self._over, [self.number, check])
         self.timer.daemon = True
         self.timer.start()
         faulthandler.dump_traceback_later(self.seconds + LAST_RESORT, exit=True)
@@ -56,9 +57,9 @@ class Deadline:
             self.timer.cancel()
             faulthandler.cancel_dump_traceback_later()
 
-    def _over(self, stage):
-        ending.say(f"mpillm: rank {self.rank} (node {node_name()}) came to no end of \"{stage}\" in {self.seconds:.0f} s; "
-                   "where all others say this, the rank that does not is the one they wait for\n")
+    def _over(self, number, check):
+        ending.say(f"mpillm: rank {self.rank} (node {node_name()}) came to no end of check {number}, {check}, in {self.seconds:.0f} s; "
+                   "the others wait for the rank that names the earliest check or says nothing\n")
         time.sleep(LATER)
         os._exit(ending.HANG)
 
@@ -77,24 +78,22 @@ def examine(group, device, directory, entered, imported):
         Seconds from the start of the process to the command, and of its imports.
     """
     deadline = Deadline(group.rank)
-    deadline.enter("start")
-    known = {"version": 1, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_ranks": group.size, "mpi": measure.mpi_facts(group),
-             "launcher": started()[1] if group.size > 1 else None, "python": sys.version.split()[0]}
+    deadline.enter("what runs here")
+    known = about_job(group)
     rank = {"rank": group.rank, "host": node_name(), **start_times(entered, imported)}
-    hosts = group.collect(rank["host"])
     deadline.enter("opening the device")
     ops = open_device(device, group=group)
     rank |= resources(ops)
     known["notes"] = [note for note in (slow_blas_note(), getattr(ops, "note", "")) if note]
     deadline.enter("matrix products")
     rank |= products(group, ops) | copies(ops)
-    deadline.enter("GPU-aware MPI")
+    deadline.enter("device memory in MPI")
     rank["gpu_aware_mpi"] = gpu_aware(group, rank["gpu"] is not None)
-    deadline.enter("clocks")
+    deadline.enter("the clocks")
     group.barrier()
     rank["clock"] = time.time()
     deadline.enter("messages between two ranks")
-    rank |= messages(group, hosts)
+    rank |= messages(group, group.collect(rank["host"]))
     deadline.enter("sums over all ranks")
     known["all_reduce"] = measure.all_reduce_times(group) if group.size > 1 else []
     deadline.enter(f"writing in {directory}")
@@ -106,6 +105,12 @@ def examine(group, device, directory, entered, imported):
     return known
 
 
+def about_job(group):
+    """What all ranks have in common."""
+    return {"version": 1, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_ranks": group.size, "mpi": measure.mpi_facts(group),
+            "launcher": started()[1] if group.size > 1 else None, "python": sys.version.split()[0]}
+
+
 # ---- one rank -----------------------------------------------------------------------------------------------------
 
 def node_name():
@@ -114,7 +119,7 @@ def node_name():
 
 
 def start_times(entered, imported):
-    """Seconds of Python's start and of imports on this rank, which wait for no other rank, and of MPI_Init, which does."""
+    """Seconds of Python's start and of imports on this rank, which wait for no other rank, and of MPI_Init (with the import of NumPy), which does."""
     started_python = launch.since_start() - (time.monotonic() - launch.STARTED)
     begun = time.perf_counter()
     load_h5py()
@@ -219,8 +224,9 @@ def file_system(group, directory):
 
 def make(place):
     """Makes the folder of the test. Returns the folders that were not there, innermost first, and what is in the way, or None."""
-    missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+    missing = []
     try:
+        missing += [folder for folder in (place, *place.parents) if not folder.exists()]
         place.mkdir(parents=True)
     except OSError as error:
         return missing, f"{error.filename}: {error.strerror}"

@@ -125,7 +125,7 @@ def test_ranks_really_do_what_is_played(group, multiple, mesh, monkeypatch):
         if agreed != WAIT and agreed[0] != "split":
             peer = {"send": "to ", "receive": "from "}.get(agreed[0])
             expected.append((played.groups[name][0], agreed[0], f"{peer}{own[0]}" if peer else ""))
-    same = [call for call in calls if call[0] != "one rank"] == expected
+    same = [call for call in calls if call[0] != "one rank" and call[1] != "split"] == expected      # some groups were made before the step
     assert all(group.collect(same))
 
 
