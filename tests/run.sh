@@ -62,9 +62,14 @@ part() {
 if [ ${#paths[@]} -gt 0 ]; then
   part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
 else
+  # Slurm mostly waits: its tests run beside the first part, and are told after it.
+  { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
+    echo $? > "$results/slurm.code"; } &
+  beside=$!
   part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
+  wait $beside
+  part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
   part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
-  part "slurm" python -m pytest -q -rs --color=$color tests/slurm
 fi
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
