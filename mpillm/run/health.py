@@ -18,6 +18,7 @@ from .replicas import Replicas
 from .spikes import Spikes
 
 NAMED = 4           # tensors of a message
+NUMBERS = 8         # ranks or samples of a message
 SKIPS = 10          # steps in a row without finite numbers, after which the run ends
 ROLLBACKS = 3       # returns for a spike; the next spike ends the run
 
@@ -71,6 +72,7 @@ class Health:
         self.in_a_row += 1
         if self.in_a_row not in (1, SKIPS):
             return
+        self.compare_replicas()     # one flipped bit of a weight may be why, and then its rank is known
         tensors = tensors_text(bad_gradients(run.ops, run.model, run.group))
         run.progress.note(f"step {run.step}: skipped: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}; not finite: {tensors}")
         run.metrics.event("skipped", step=run.step, tensors=tensors)
@@ -82,6 +84,7 @@ class Health:
 
     def _go_back(self, loss):
         """After a spike: to the last checkpoint, with the samples that come next."""
+        self.compare_replicas()     # a checkpoint would undo what shows the rank that is to blame
         run, usual = self.training, self.spikes.threshold()
         if self.rollbacks == ROLLBACKS:
             raise WrongNumbers(f"loss {loss:.4f} at step {run.step} is a spike (usual: below {usual:.4f}), after {ROLLBACKS} returns for others; "
@@ -90,6 +93,7 @@ class Health:
         step = run.go_back()
         if step is None:
             run.progress.note(f"step {spike}: loss {loss:.4f} is a spike (usual: below {usual:.4f}), but there is no checkpoint to go back to")
+            self.spikes.losses.append(loss)     # where the curve stays up there, that is usual from now on
             return False
         self.rollbacks += 1
         line = (f"loss {loss:.4f} at step {spike} was a spike (usual: below {usual:.4f}): back to step {step}, "
@@ -98,6 +102,7 @@ class Health:
         run.progress.note(line)
         run.metrics.event("rolled back", step=step, spike=spike, loss=loss, threshold=usual)
         self.spikes.forget()
+        run.try_save()          # the samples to go on with: a resume from what lies there would read the bad ones
         return True
 
     def compare_replicas(self):
@@ -133,11 +138,17 @@ def bad_gradients(ops, model, group):
     return sorted(found.items(), key=lambda item: order[item[0]])
 
 
+def first_text(numbers):
+    """The first of many ranks or samples, for people; as they are where they are few ranges."""
+    text = ranges_text(numbers)
+    return text if text.count(",") < NUMBERS else f"{ranges_text(numbers[:NUMBERS])} and {len(numbers) - NUMBERS} more"
+
+
 def tensors_text(found):
     """The tensors of `bad_gradients`, for people."""
     if not found:
         return "no gradient"
-    texts = [f"{name} (rank{'s' * (len(ranks) > 1)} {ranges_text(ranks)})" for name, ranks in found[:NAMED]]
+    texts = [f"{name} (rank{'s' * (len(ranks) > 1)} {first_text(ranks)})" for name, ranks in found[:NAMED]]
     return ", ".join(texts) + (f" and {len(found) - NAMED} more tensors" if len(found) > NAMED else "")
 
 
@@ -160,7 +171,7 @@ def samples_text(losses, first):
     if len(bad) == len(losses):
         return f"every sample of the step ({first} to {first + len(losses) - 1}) has a loss that is not finite: the weights are to blame"
     if bad:
-        return f"sample{'s' * (len(bad) > 1)} {ranges_text(bad)} {'have' if len(bad) > 1 else 'has'} a loss that is not finite"
+        return f"sample{'s' * (len(bad) > 1)} {first_text(bad)} {'have' if len(bad) > 1 else 'has'} a loss that is not finite"
     return f"each sample of the step ({first} to {first + len(losses) - 1}) has a finite loss"
 
 

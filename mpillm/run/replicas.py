@@ -2,8 +2,9 @@
 
 Data-parallel replicas (and tensor-parallel ranks, of norms) compute with copies of the same numbers, updated alike; nothing else
 notices when one drifts apart. Only 1 % of silent errors of hardware show as NaN or infinity (arXiv:2605.04213), so bits are compared:
-a hash of each bucket over its replicas. Where hashes differ, those of each tensor tell which. Most replicas are right; of two that
-differ both are suspects. Under ZeRO 1 and 2 a copy lives for one step only, until its owner's values are gathered again.
+a hash of each bucket over its replicas. Where hashes differ, those of each tensor tell which. 16-bit values are right where they are
+what the master rounds to. Else most replicas are right; of two that differ both are suspects. Under ZeRO 1 and 2 a copy lives for one
+step only, until its owner's values are gathered again.
 """
 
 from collections import Counter
@@ -82,10 +83,37 @@ class Replicas:
         found = []
         for table, ops, array in replicated(bucket):
             for parameter in bucket.parameters:
-                wrong, sure = judge(group.collect(array_hash(ops, array[parameter.offset:parameter.offset + parameter.held.size].copy())))     # aligned
-                if wrong:
+                hashes = group.collect(array_hash(ops, array[parameter.offset:parameter.offset + parameter.held.size].copy()))     # aligned
+                if len(set(hashes)) > 1:
+                    by_masters = not table and bucket.masters is not None
+                    wrong, sure = judge_parts(group.collect(hashes_of_parts(parameter))) if by_masters else judge(hashes)
                     found.append(Difference(table + parameter.name, [members[place] for place in wrong], sure))
         return found
+
+
+def hashes_of_parts(parameter):
+    """For the part of each owner: the hash of this rank's copy, and of what its master rounds to; None for masters that are not here."""
+    bucket, found = parameter.bucket, []
+    for replica in range(bucket.group.size):
+        owned, rounded = parameter.owned_by(bucket.mesh, replica), None
+        if bucket.zero == 0 or replica == bucket.group.rank:
+            array = bucket.ops.empty(owned.shape, bucket.dtype)
+            bucket.set_value(array, parameter.master[owned.within(parameter.updated)])
+            rounded = array_hash(bucket.ops, array)
+        found.append((array_hash(bucket.ops, parameter.value[owned.within(parameter.held)].copy()), rounded))
+    return found
+
+
+def judge_parts(replicas):
+    """Which replicas are wrong, by `hashes_of_parts` of each: (places, whether that is sure)."""
+    verdicts = []
+    for part in zip(*replicas):
+        hashes, masters = [copy for copy, _ in part], {rounded for _, rounded in part} - {None}
+        if len(masters) == 1 and masters <= set(hashes):
+            verdicts.append(([place for place, copy in enumerate(hashes) if copy not in masters], True))
+        else:
+            verdicts.append(judge(hashes))
+    return sorted({place for wrong, _ in verdicts for place in wrong}), all(sure for _, sure in verdicts)
 
 
 def judge(hashes):

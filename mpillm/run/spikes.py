@@ -37,6 +37,11 @@ class Spikes:
         self.losses.append(loss)
         return False
 
+    def resume(self, losses):
+        """Goes on with the usual losses that a checkpoint recorded, so that a resume changes no verdict; without any where it has no such list."""
+        if isinstance(losses, list) and all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+            self.losses.extend(losses)
+
     def forget(self):
         """After a return to an earlier step, whose losses come again."""
         self.losses.clear()

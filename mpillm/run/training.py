@@ -89,7 +89,8 @@ class Training:
     def facts(self):
         """JSON-able: all of the state but tensors, as of the last step done."""
         return {"step": self.step, "saved_step": self.saved_step, "samples": self.samples, "tokens": self.tokens, "changes": self.changes,
-                "loss_scale": list(self.trainer.loss_scale[:2]), "cursor": self.source.cursor_after(self.samples)}
+                "usual_losses": list(self.health.spikes.losses), "loss_scale": list(self.trainer.loss_scale[:2]),
+                "cursor": self.source.cursor_after(self.samples)}
 
     def adopt(self, facts):
         """Goes on where `facts` of another Training stood; the tensors are the caller's matter."""
@@ -97,6 +98,7 @@ class Training:
         self.tokens, self.changes = facts["tokens"], facts["changes"]
         self.trainer.loss_scale = self.trainer.loss_scale.resumed(facts["loss_scale"])
         self.source = Continued(self.data.batches(facts["cursor"]))
+        self.health.spikes.resume(facts["usual_losses"])
         self.ready = True
 
     def _entries_for(self, checkpoint):
@@ -138,6 +140,7 @@ class Training:
         manifest = checkpoint.manifest
         self.samples, self.tokens = manifest["samples"], manifest["tokens"]
         self.source = Continued(self.data.batches(manifest["cursor"]))
+        self.health.spikes.resume(manifest.get("usual_losses"))
         lines = changes(manifest["job"], self.job, checkpoint.directory) + self.source.batches.messages
         self.changes = manifest["changes"] + [f"step {self.step}: {line}" for line in lines]
         for line in lines:
@@ -179,17 +182,12 @@ class Training:
         if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
             self.validate()
         if (wished and not stopping or every and self.step % every == 0) and not skipped:     # numbers that went wrong must not push out good ones
-            try:
-                self.save()
-            except SaveFailed as error:     # of all ranks alike; the next one may find room, the last one has to
-                self.stop.save_failed()
-                self.progress.note(f"step {self.step}: no checkpoint: {error}")
-                self.metrics.event("checkpoint failed", step=self.step, reason=str(error))
+            self.try_save()
 
     def _end(self, code, reason):
         """Says and records how the run ended."""
         if self.health.skipped:
-            reason += f"; {self.health.skipped} steps were skipped, their numbers were not finite"
+            reason += f"; steps skipped, since their numbers were not finite: {self.health.skipped}"
         state = {FINISHED: "finished", STOPPED: "stopped", WRONG_NUMBERS: "failed"}[code]
         self.account.tell_traffic()
         self.progress.note(f"{state} at step {self.step}: {reason}")
@@ -219,6 +217,15 @@ class Training:
         self.metrics.event("validation", step=self.step, validation_loss=loss, tokens=tokens, seconds=time.monotonic() - started)
         self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
 
+    def try_save(self):
+        """A checkpoint, or a line that says why there is none: the next one may find room, the last one has to."""
+        try:
+            self.save()
+        except SaveFailed as error:     # of all ranks alike
+            self.stop.save_failed()
+            self.progress.note(f"step {self.step}: no checkpoint: {error}")
+            self.metrics.event("checkpoint failed", step=self.step, reason=str(error))
+
     def save(self):
         """A checkpoint of the step just done, unless replicas differ: a wrong one is not to take the place of good ones."""
         self.health.compare_replicas()
@@ -228,6 +235,8 @@ class Training:
                     "samples": self.samples, "tokens": self.tokens, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
         if self.trainer.loss_scale.dynamic:
             manifest["loss_scale"] = list(self.trainer.loss_scale[:2])
+        if self.job.train.spike:
+            manifest["usual_losses"] = list(self.health.spikes.losses)
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,
                     {"tokenizer.json": self.data.tokenizer} if self.data.tokenizer else {}, self.group, self.ops.host, self.job.checkpoint.keep,
                     "offsets" if self.job.run.on_failure == "continue" else None)      # a rank that waits in HDF5's own communicator could not be woken

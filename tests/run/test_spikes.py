@@ -33,4 +33,18 @@ def test_a_spike_and_what_is_not_finite_do_not_count_as_usual():
     assert found == [60, 63] and len(spikes.losses) == 60
     spikes.forget()
     assert not spikes.is_one(9.0)
+
+
+def test_a_resume_changes_no_verdict():
+    curve = [1.0, 1.1] * 12 + [9.0]
+    before, after = fed(5.0, curve[:22])[1], Spikes(5.0)
+    after.resume(list(before.losses))
+    assert after.threshold() == before.threshold() and after.is_one(9.0)
+    for foreign in (None, {}, ["1"], [math.nan]):
+        spikes = Spikes(5.0)
+        spikes.resume(foreign)
+        assert spikes.threshold() == math.inf
+
+
+def test_the_window_is_bounded():
     assert fed(5.0, [1.0] * 300)[1].losses.maxlen == WINDOW
