@@ -103,7 +103,7 @@ def open_device(name, compute="float32", group=Solo()):
     problem = next((text for text, _ in everybody if text), None)
     if problem:
         raise UserError(problem)
-    places = collections.Counter(place for _, place in everybody)
+    places = collections.Counter(place and tuple(place) for _, place in everybody)     # JSON knows no tuples
     on_cpu = places.pop(None, 0)
     if places and max(places.values()) > 1:
         ops.note = f"{max(places.values())} ranks share one GPU: they take turns, and each has its own copy of the weights"

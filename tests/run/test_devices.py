@@ -1,5 +1,7 @@
 """Which device a rank takes."""
 
+import types
+
 import pytest
 
 from mpillm.backend.cuda import device
@@ -34,3 +36,20 @@ def test_no_gpu_is_said_once(monkeypatch):
     assert session.open_device("auto").name == "cpu"
     with pytest.raises(UserError, match='no GPU is seen on .*; check the driver and CUDA_VISIBLE_DEVICES, or use device "cpu"'):
         session.open_device("gpu")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name, gpus, note", [("gpu", 8, ""), ("gpu", 1, "{size} ranks share one GPU"), ("auto", 1, "{others} of {size} ranks compute on CPUs"), ("auto", 8, "")])
+def test_ranks_open_their_gpus(monkeypatch, group, name, gpus, note):
+    """What ranks tell each other of their devices; the GPUs are names only."""
+    addresses = [f"0000:0{number}:00.0" for number in range(gpus)]
+
+    def opened(kind, index=0, dtype=None):
+        where = None if kind == "cpu" else types.SimpleNamespace(address=addresses[index])
+        return types.SimpleNamespace(name=kind, device=where, note="", set_threads=lambda count: None)
+    monkeypatch.setattr(device, "addresses", lambda: addresses)
+    monkeypatch.setattr(session, "open_backend", opened)
+    ops = session.open_device(name, group=group)
+    assert ops.name == ("gpu" if name == "gpu" or group.rank < gpus else "cpu")
+    text = note.format(size=group.size, others=group.size - 1)
+    assert text in ops.note if group.size > 1 else not ops.note

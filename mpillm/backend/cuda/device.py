@@ -266,7 +266,7 @@ class Device:
         if shared > SHARED_LIMIT and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
         function(grid if type(grid) is tuple else (grid,), block if type(block) is tuple else (block,), tuple(
-            0 if arg is None else arg for arg in args), shared_mem=shared)
+            0 if arg is None else arg for arg in args), shared_mem=shared, stream=self.stream)       # CuPy's own is that of the last Device of this thread
 
     def _function(self, file, kernel, dtype, defines):
         return self._module(file, np.dtype(dtype).name, tuple(sorted(defines.items()))).get_function(kernel)
