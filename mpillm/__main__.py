@@ -107,6 +107,9 @@ def ended_by(error):
     except Exception as trouble:
         ending.say(f"mpillm: MPI does not start: {trouble}\n")
         group = None
+    code = ending.missed(error, group)
+    if code is not None:
+        return code
     if isinstance(error, UserError):
         return ending.refuse(error, group)
     if isinstance(error, KeyboardInterrupt):

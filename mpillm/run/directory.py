@@ -72,6 +72,26 @@ def check(path):
         raise UserError(f"{path / STOP}: this run was told to stop; delete that file to let it go on")
 
 
+def status_text(path):
+    """What status.json of a run directory holds; None where there is none."""
+    try:
+        with open(Path(path) / "status.json", encoding="utf-8", errors="replace") as file:
+            return file.read(STATUS_LIMIT)
+    except FileNotFoundError:
+        return None
+
+
+def failure_since(path, before):
+    """The exit code of the failure in status.json; None where it tells of none, or is what was there `before` this run."""
+    text = status_text(path)
+    if text is None or text == before:
+        return None
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        status = json.loads(text)
+        return int(status["exit"]) if status["state"] == "failed" else None
+    return None
+
+
 class RunDirectory:
     """A run directory, locked for this job; a context manager. Collective.
 
@@ -112,7 +132,7 @@ class RunDirectory:
             self.held = lock.acquire(self.path)
             check(self.path)  # once more: now nobody else changes it
             self._make(self.checkpoints)
-            self.before = self._status_text()
+            self.before = status_text(self.path)
         except (UserError, OSError) as error:
             self._undo()
             if isinstance(error, UserError):
@@ -172,7 +192,7 @@ class RunDirectory:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         status = {"state": state, "exit": exit, "reason": reason, "rank": rank, "step": self.step, "time": stamp}
         with lock.guard(self.path):
-            if not self._has_failed():
+            if self.failure() is None:
                 write_atomic(self.file("status.json"), json.dumps(status).encode() + b"\n")
 
     def heartbeat(self, step=None):
@@ -230,20 +250,6 @@ class RunDirectory:
             lock.remove(self.path / lock.NAME, self.token)
         self.close()
 
-    def _status_text(self):
-        """What status.json holds; None where there is none."""
-        try:
-            with open(self.file("status.json"), encoding="utf-8", errors="replace") as file:
-                return file.read(STATUS_LIMIT)
-        except FileNotFoundError:
-            return None
-
-    def _has_failed(self):
-        """Whether a rank of this run has written its failure (one that was there before is of an earlier run)."""
-        text = self._status_text()
-        if text is None or text == self.before:
-            return False
-        with contextlib.suppress(ValueError):
-            status = json.loads(text)
-            return isinstance(status, dict) and status.get("state") == "failed"
-        return False
+    def failure(self):
+        """The exit code of the failure that a rank of this run has written; None where there is none."""
+        return failure_since(self.path, self.before)

@@ -71,9 +71,7 @@ def refuse(error, group):
     except Exception as trouble:  # MPI itself is in disorder: the job has to end all the same
         say(error_line(error) + f"mpillm: rank {group.rank}: while ending: {trouble}\n")
         everyone = False
-    if not everyone:
-        group.abort(REFUSED)
-    return REFUSED
+    return REFUSED if everyone else end(REFUSED, group)
 
 
 def _tell(group, ranks, tag):
@@ -148,9 +146,28 @@ def last_communication():
 
 
 def end(code, group):
-    """Ends the whole job with `code` where other ranks may be waiting; returns it where there is one rank."""
+    """Ends the whole job with `code` where other ranks may be waiting; returns it where there is one rank, or where all leave alike (ULFM)."""
     if group is not None and group.size > 1:
-        group.abort(code)
+        from ..layout import ulfm
+        if ulfm.enabled():
+            ulfm.end(group, code, LAST_RESORT)
+        else:
+            group.abort(code)
+    return code
+
+
+def missed(error, group):
+    """The exit code where `error` is MPI's, of ULFM, for a rank that another one misses; None for all other errors. Said once."""
+    if group is None or group.size == 1:
+        return None
+    from ..layout import ulfm
+    if not ulfm.enabled() or not ulfm.is_failure(error):
+        return None
+    code = ulfm.meet(group, saw_death=True)[1]
+    if code is None:
+        code = FAILED
+        if ulfm.survivors(group).rank == 0:
+            say(f"mpillm: a rank died: {error}\n")
     return code
 
 

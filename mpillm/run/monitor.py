@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..layout.record import Record
 from . import ending, hang, lock
-from .directory import write_atomic
+from .directory import failure_since, write_atomic
 
 POLL = 0.2              # seconds between looks
 ALIVE = 1.0             # seconds between looks for processes that ended
@@ -103,7 +103,8 @@ class Monitor:
     Parameters
     ----------
     config : dict
-        ranks (as of Watched), host, node (number of this monitor), nodes (of all), num_ranks, directory, stamp, token (of the lock).
+        ranks (as of Watched), host, node (number of this monitor), nodes (of all), num_ranks, directory, stamp, token (of the lock),
+        status (what status.json held before the run).
     """
 
     def __init__(self, config):
@@ -202,12 +203,17 @@ class Monitor:
         stacks = "".join(f"==== rank {each['rank']} (node {each['host']})\n{each['stacks'] or 'no stack: the process did not write one'}\n" for each in ranks)
         status = {"state": "failed", "exit": ending.HANG, "reason": lines[0][:2000], "rank": guilty[0] if guilty else None,
                   "step": max(each["step"] for each in ranks), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        for work in (lambda: write_atomic(self.directory / "status.json", json.dumps(status).encode() + b"\n"),
+        for work in (lambda: self._write_status(status),
                      lambda: write_atomic(self.folder / "report.txt", ("\n".join(lines) + "\n").encode()),
                      lambda: write_atomic(self.folder / "stacks.txt", stacks.encode()),
                      lambda: self._log(lines), lambda: write_atomic(self.folder / ENDED, b"")):
             with contextlib.suppress(OSError):
                 work()
+
+    def _write_status(self, status):
+        """Unless a rank has failed, which is then why the others wait."""
+        if failure_since(self.directory, self.config["status"]) is None:
+            write_atomic(self.directory / "status.json", json.dumps(status).encode() + b"\n")
 
     def _log(self, lines):
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")

@@ -3,10 +3,11 @@
 The ranks that are left of complete replicas make a new, smaller mesh; samples of a step are dealt anew, so the batch and the order of
 the data stay. Under ZeRO 0 every replica has the whole state in memory: of those that have done the same step it is taken. Else parts of
 it died with the rank, and the newest checkpoint is loaded. What is left of an incomplete replica waits until the others are done.
+A death while that goes on starts it anew, from the same memory.
 """
 
+import contextlib
 import os
-import socket
 import threading
 import time
 
@@ -18,7 +19,9 @@ from ..layout.mesh import AXES, coordinates, num_ranks_of
 from . import ending
 from .hang import ranks_text
 
-DEADLINE = 30.0         # seconds that going on may take
+DEADLINE = 30.0         # seconds that agreeing on how to go on may take at least
+LONG_STEP = 600.0       # seconds until every rank has come to its next call of MPI, without run.hang_timeout
+NAMED = 4               # nodes of a message
 
 
 def check(job, group):
@@ -32,17 +35,23 @@ def check(job, group):
 
 
 class State:
-    """Where a run stood on this rank when another died: what memory has of it."""
+    """Where a run stood on this rank when another died: what memory has of it, and where it lies in the mesh of that time."""
 
     def __init__(self, training, rank, sizes):
         self.training, self.rank, self.sizes = training, rank, sizes
         ready = training is not None and training.ready
         self.step = training.step if ready else None
         self.whole = ready and all(bucket.zero == 0 for bucket in training.model.buckets)
+        self.hosts = training.account.hosts if training is not None else None
 
     def described(self):
         """JSON-able: what the other ranks must know."""
-        return {"rank": self.rank, "step": self.step, "whole": self.whole, "host": socket.gethostname()}
+        return {"rank": self.rank, "step": self.step, "whole": self.whole}
+
+    def named(self, ranks):
+        """Ranks with the nodes that they were on, as far as these are known."""
+        nodes = sorted({self.hosts[rank] for rank in ranks}) if self.hosts else []
+        return ranks_text(ranks) + (f" (node{'s' * (len(nodes) > 1)} {', '.join(nodes[:NAMED])}{', ...' * (len(nodes) > NAMED)})" if nodes else "")
 
     def replica(self, rank):
         """What the ranks of a replica share, and the place of a rank in it."""
@@ -90,62 +99,99 @@ class Recovered:
         self.group, self.sizes, self.state, self.step, self.line = group, sizes, state, step, line
 
 
-def recover(job, world, state):
-    """Meets the ranks that are left and agrees with them how to go on; raises UserError where no layout is left. Collective over those."""
-    timer = threading.Timer(DEADLINE, _too_long)
+def recover(life, world, state):
+    """Meets the ranks that are left and agrees with them how to go on; a Recovered, or an exit code. Collective over those.
+
+    Raises
+    ------
+    RuntimeError
+        No layout is left.
+    """
+    while True:
+        alive, recovered = ulfm.survivors(world), None
+        JOURNAL.turns.clear()
+        try:
+            code = alive.share(life.directory.failure() if alive.rank == 0 else None)   # the rank may have ended by itself, and the job with it
+            recovered = _agreed(life.job, alive, state) if code is None else code
+        except Exception as error:
+            if not ulfm.is_failure(error):
+                raise
+        died, code = ulfm.meet(alive, saw_death=recovered is None)
+        if code is not None or not died:
+            return recovered if code is None else code      # else another one died meanwhile: all over again
+
+
+@contextlib.contextmanager
+def _deadline(life):
+    """A block that may not last for ever; a thread ends this rank then, for the rank waits in MPI."""
+    seconds = max(DEADLINE, life.job.run.hang_timeout or LONG_STEP)
+    timer = threading.Timer(seconds, _too_long, (life.directory, seconds))
     timer.daemon = True
     timer.start()
     try:
-        while True:
-            try:
-                return _recover(job, world, state)
-            except Exception as error:
-                if not ulfm.is_failure(error):      # another rank died meanwhile: all over again
-                    raise
+        yield
     finally:
         timer.cancel()
 
 
-def _too_long():
-    ending.say(f"mpillm: going on without the dead rank took over {DEADLINE:.0f} s: the run ends\n")
+def _too_long(directory, seconds):
+    reason = f"going on without the dead rank took over {seconds:.0f} s"
+    ending.say(f"mpillm: {reason}: the run ends\n")
+    with contextlib.suppress(OSError, ValueError):
+        directory.status("failed", ending.FAILED, reason, rank=directory.group.rank)
     os._exit(ending.FAILED)
 
 
-def _recover(job, world, state):
-    alive = ulfm.survivors(world)
-    JOURNAL.turns.clear()
+def _agreed(job, alive, state):
     described = alive.collect(state.described())
     old_ranks = [each["rank"] for each in described]
-    dead = sorted(set(range(num_ranks_of(state.sizes))) - set(old_ranks))
-    kept = complete_replicas(state, old_ranks)
-    sizes = state.sizes | {"dp": len(kept) * state.sizes["dp"] // num_ranks_of(state.sizes)}
-    if not kept:
-        raise RuntimeError(f"{ranks_text(dead)} died and no complete replica is left; start again to go on from the last checkpoint")
-    check_layout(job, sizes)
-    if sizes["dp"] * sizes["cp"] % sizes["ep"]:
-        raise RuntimeError(f"{ranks_text(dead)} died and mesh.ep={sizes['ep']} does not divide the {sizes['dp'] * sizes['cp']} replicas that are left; start again to go on")
+    dead = state.named(sorted(set(range(num_ranks_of(state.sizes))) - set(old_ranks)))
+    kept, sizes = what_is_left(job, state, old_ranks, dead)
     step = common_step(state, [each for each in described if each["rank"] in kept])
     group = ulfm.regroup(alive, [place for place, rank in enumerate(old_ranks) if rank in kept])
-    line = f"{ranks_text(dead)} died" + (f" in step {max(each['step'] or 0 for each in described) + 1}" if state.step is not None else "")
+    line = f"{dead} died" + (f" after step {max(each['step'] or 0 for each in described)}" if state.step is not None else "")
     return Recovered(group, sizes, state if step is not None else None, step, line)
+
+
+def what_is_left(job, state, alive, dead):
+    """(old ranks of complete replicas, sizes of their mesh); RuntimeError, which names the `dead`, where they make none."""
+    kept = complete_replicas(state, alive)
+    if not kept:
+        raise RuntimeError(f"{dead} died and no complete replica is left; start again to go on from the last checkpoint")
+    sizes = state.sizes | {"dp": len(kept) * state.sizes["dp"] // num_ranks_of(state.sizes)}
+    try:
+        check_layout(job, sizes)
+    except UserError as error:
+        raise RuntimeError(f"{dead} died and what is left makes no mesh: {error}; start again to go on from the last checkpoint") from error
+    return kept, sizes
 
 
 def run(life, sizes, group):
     """Lets a Life train until it comes to an end, without the ranks that die meanwhile; the exit code. Collective."""
-    recovered, began = None, 0.0
+    if life.job.run.on_failure != "continue" or group.size == 1:
+        return life.first(group, sizes)
+    recovered, state, died, began = None, None, False, 0.0
     while True:
-        life.training = None
         try:
-            return life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
+            code = life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
         except Exception as error:
-            if life.job.run.on_failure != "continue" or group.size == 1 or not ulfm.is_failure(error):
+            if not ulfm.is_failure(error):
                 raise
+            died = True
         began = time.monotonic()
-        recovered = recover(life.job, group, State(life.training, group.rank, sizes))
+        with _deadline(life) if died else contextlib.nullcontext():
+            died, others = ulfm.meet(group, saw_death=died) if group.size > 1 else (False, None)
+            if others is not None or not died:
+                return code if others is None else others
+            if state is None or life.training and life.training.ready:
+                state = State(life.training, group.rank, sizes)
+            recovered = recover(life, group, state)
+        if isinstance(recovered, int):
+            return recovered
         life.directory.inherit(recovered.group)
         if recovered.group is None:
             return ending.FINISHED
-        group, sizes = recovered.group, recovered.sizes
+        group, sizes, state, died, life.training = recovered.group, recovered.sizes, recovered.state, False, None
         life.stop.inherit(group)
 
 
@@ -170,5 +216,5 @@ def take_over(training, recovered, began):
         recovered.state = None      # gives the memory of what was before back
         source = f"memory, step {training.step}"
     nodes = training.group.size
-    training.progress.note(f"{recovered.line}; went on with {nodes} rank{'s' * (nodes > 1)} from {source} after {time.monotonic() - began:.2f} s")
+    training.progress.note(f"{recovered.line}; went on with {nodes} rank{'s, numbered anew,' * (nodes > 1)} from {source} after {time.monotonic() - began:.2f} s")
     training.metrics.event("went on", step=training.step, ranks=nodes, source="memory" if old else "checkpoint", seconds=time.monotonic() - began, reason=recovered.line)

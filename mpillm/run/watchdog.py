@@ -116,7 +116,8 @@ class Watchdog:
         stamp = self.group.share(time.strftime("%Y%m%d-%H%M%S"))
         if leads[self.group.rank]:
             self._start({"ranks": ours, "host": socket.gethostname(), "node": sum(leads[:self.group.rank]), "nodes": sum(leads), "stamp": stamp,
-                         "num_ranks": self.group.size, "directory": str(self.directory.path.resolve()), "token": self.directory.token})
+                         "num_ranks": self.group.size, "directory": str(self.directory.path.resolve()), "token": self.directory.token,
+                         "status": self.directory.before})
         JOURNAL.phase("load")
 
     def _start(self, config):

@@ -42,6 +42,9 @@ while True:
 """
 
 
+BEFORE = '{"state": "failed", "exit": 1}'       # of an earlier run
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts ranks of a kind, and monitors for lists of them; ends what is left."""
@@ -57,7 +60,8 @@ def start(tmp_path):
         found, number, size = [], 0, sum(map(len, nodes))
         for node, ranks in enumerate(nodes):
             config = {"ranks": [each.config | {"rank": number + place} for place, each in enumerate(ranks)], "host": f"n{node}", "node": node,
-                      "nodes": len(nodes), "num_ranks": size, "directory": str(tmp_path), "stamp": "now", "token": "mine"}
+                      "nodes": len(nodes), "num_ranks": size, "directory": str(tmp_path), "stamp": "now", "token": "mine",
+                      "status": BEFORE}
             number += len(ranks)
             process = subprocess.Popen([sys.executable, "-m", "mpillm.run.monitor"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
             process.stdin.write(json.dumps(config).encode() + b"\n")
@@ -88,6 +92,16 @@ def test_two_nodes_name_the_rank_of_the_other_one(start, tmp_path):
     folder = tmp_path / "hang-now"
     assert sorted(path.name for path in folder.iterdir()) == ["ended", "node-0.json", "node-1.json", "report.txt", "stacks.txt"]
     assert not (tmp_path / "lock").exists() and "rank 2 (node n1)" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_rank_failed_of_stays(start, tmp_path, own):
+    rank, monitors = start
+    text = '{"state": "failed", "exit": 1, "reason": "why the others wait"}' if own else BEFORE
+    (tmp_path / "status.json").write_text(text)
+    waiting = rank("waits")
+    monitors([waiting])
+    assert waiting.wait(20) == 77 and ((tmp_path / "status.json").read_text() == text) == own
 
 
 def test_a_rank_that_does_not_hear_is_killed(start):

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from command_runs import environment, launcher, run
-from test_faults import JOB, full, train
+from test_faults import JOB, full, left_over, time_of_fault, train
 
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
@@ -86,7 +86,7 @@ def test_a_run_goes_on_without_a_rank_that_was_killed(place, fault_tolerant, who
     name = f"killed-{number}"
     done, _ = train(place, name, f"{phase}:{rank}:{step}:kill", "run.on_failure=continue", f"mesh.zero={zero}", *DOUBLE)
     event, = finished(place, name, whole, done)
-    assert event["ranks"] == 3 and event["source"] == ("memory" if zero == 0 else "checkpoint") and f"rank {rank} died in step" in done.text
+    assert event["ranks"] == 3 and event["source"] == ("memory" if zero == 0 else "checkpoint") and f"rank {rank} (node " in done.text and ") died after step " in done.text
 
 
 @needs_ulfm
@@ -108,6 +108,28 @@ def test_without_a_complete_replica_the_run_ends(place, fault_tolerant):
     done, _ = train(place, "none-left", "forward:1:20:kill", "run.on_failure=continue", "mesh.tp=4", "model.heads=4", *DOUBLE)
     assert done.code != 0 and "no complete replica is left" in done.text
     assert json.loads((place / "runs" / "none-left" / "status.json").read_text())["state"] == "failed"
+
+
+@needs_ulfm
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("action, code", [("exception", 1), ("exit", 3)])
+@pytest.mark.parametrize("on_failure, phase, rank", [("continue", "forward", 1), ("continue", "save", 0), ("end", "backward", 0)])
+def test_a_rank_that_ends_by_itself_ends_all(place, fault_tolerant, ranks, action, code, on_failure, phase, rank):
+    """That is no death to go on after, and MPI_Abort would leave some of four ranks waiting."""
+    name = f"ends-{ranks}-{action}-{on_failure}-{phase}"
+    done, end = train(place, name, f"{phase}:{rank}:20:{action}", f"run.on_failure={on_failure}", *DOUBLE, ranks=ranks)
+    found = json.loads((place / "runs" / name / "status.json").read_text())
+    assert (done.code, found["state"], found["exit"], found["rank"]) == (code, "failed", code, rank), done.text
+    assert end - time_of_fault(done) < 5 and not went_on(place, name) and not left_over(place)
+    assert done.text.count("Traceback") == (action == "exception")
+
+
+@needs_ulfm
+def test_a_dead_rank_is_said_where_the_run_is_to_end(place, fault_tolerant):
+    done, end = train(place, "dead", "forward:2:20:kill", *DOUBLE)
+    found = json.loads((place / "runs" / "dead" / "status.json").read_text())
+    assert (done.code, found["state"], found["exit"]) == (1, "failed", 1) and end - time_of_fault(done) < 5, done.text
+    assert done.text.count("mpillm: a rank died: ") == 1 and "Traceback" not in done.text
 
 
 @pytest.mark.skipif(launcher() is None, reason="no mpirun")
