@@ -90,12 +90,13 @@ def start(argv):
 
 def main(argv=None):
     """Entry point of the console script; returns the exit code and raises nothing."""
+    from .run import ending
     try:
         code = start(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
-        return code
     except BaseException as error:  # whatever it is, no rank may be left waiting for this one
-        return ended_by(error)
+        code = ended_by(error)
+    return ending.last(code)
 
 
 def ended_by(error):

@@ -62,12 +62,14 @@ class Account:
                 "skipped": result.skipped}
         if self.ops.host is not self.ops:
             line["memory_bytes"] = self.ops.device.peak_bytes()
-        ranks = self.compute_time.end(step, seconds)
-        if ranks:
-            line |= self.tell_ranks(step, *ranks)
         if self.job.model.experts:
             line |= {"balance_loss": result.balance_loss, "router_z_loss": result.router_z_loss}
-        self.metrics.step(line, write=step % self.job.run.log_every == 0 or step == self.job.train.steps)
+        try:
+            ranks = self.compute_time.end(step, seconds)
+            if ranks:
+                line |= self.tell_ranks(step, *ranks)
+        finally:        # a run that goes on when a rank dies in here has done the step
+            self.metrics.step(line, write=step % self.job.run.log_every == 0 or step == self.job.train.steps)
         self.progress.step(line)
         if self.steps == 1 and launch.moments:
             self.tell_start(step)

@@ -171,6 +171,15 @@ def missed(error, group):
     return code
 
 
+def last(code):
+    """`code`, for the interpreter to end with; after the death of a rank, which MPI_Finalize does not bear, this ends the process."""
+    ulfm = sys.modules.get("mpillm.layout.ulfm")
+    if ulfm and ulfm.lost:
+        say("")
+        ulfm.exit(code)
+    return code
+
+
 def close_output():
     """After the reader of standard output went away: keeps the interpreter from failing again at its end."""
     silent = os.open(os.devnull, os.O_WRONLY)

@@ -38,7 +38,7 @@ def plain(value):
 
 
 class Metrics:
-    """Appends to metrics.jsonl on rank 0; the other ranks' calls do nothing.
+    """Appends to metrics.jsonl on rank 0; the other ranks keep the last line of a step, for the day on which rank 0 dies.
 
     The file is opened with the first line, so a run that is refused before that has not touched it. A last line that
     a killed run left unfinished is closed by a line break, and readers skip it.
@@ -50,7 +50,7 @@ class Metrics:
     """
 
     def __init__(self, path, group):
-        self.path, self.active, self.descriptor, self.silent = path, group.rank == 0, None, False
+        self.path, self.active, self.descriptor, self.silent, self.last = path, group.rank == 0, None, False, None
 
     def _open(self):
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -63,10 +63,15 @@ class Metrics:
 
         With `write=False` only that is done.
         """
-        if self.active:
-            line.setdefault("memory_bytes", resident_bytes())
-            if write:
-                self._append({key: line[key] for key in KEYS if key in line} | line)
+        line.setdefault("memory_bytes", resident_bytes())
+        if write:
+            self.last = {key: line[key] for key in KEYS if key in line} | line
+            self._append(self.last)
+
+    def catch_up(self, last):
+        """Appends the `last` line that another rank kept, where the rank that was to write it died before."""
+        if self.active and last is not None and f'{{"step": {last["step"]},'.encode() not in _tail(self.path):
+            self._append(last)
 
     def event(self, name, **values):
         """A line that is no step: `resumed`, `validation`, `checkpoint`, `stopped`, ..."""
@@ -102,15 +107,19 @@ class Metrics:
         self.close()
 
 
-def last_event(path, name, tail=1 << 20):
-    """The last event of that name in the last `tail` bytes of a metrics.jsonl; None where there is none."""
+def _tail(path, size=1 << 20):
+    """The last bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
-            lines = file.read().split(b"\n")
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read()
     except OSError:
-        return None
-    for line in reversed(lines):
+        return b""
+
+
+def last_event(path, name):
+    """The last event of that name in the last MB of a metrics.jsonl; None where there is none."""
+    for line in reversed(_tail(path).split(b"\n")):
         if f'"event": "{name}"'.encode() in line:
             try:
                 return json.loads(line)

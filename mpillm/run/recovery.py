@@ -2,7 +2,7 @@
 
 The ranks that are left of complete replicas make a new, smaller mesh; samples of a step are dealt anew, so the batch and the order of
 the data stay. Under ZeRO 0 every replica has the whole state in memory: of those that have done the same step it is taken. Else parts of
-it died with the rank, and the newest checkpoint is loaded. What is left of an incomplete replica waits until the others are done.
+it died with the rank, and the newest checkpoint is loaded. What is left of an incomplete replica ends.
 A death while that goes on starts it anew, from the same memory.
 """
 
@@ -190,7 +190,7 @@ def run(life, sizes, group):
             return recovered
         life.directory.inherit(recovered.group)
         if recovered.group is None:
-            return ending.FINISHED
+            ulfm.die()
         group, sizes, state, died, life.training = recovered.group, recovered.sizes, recovered.state, False, None
         life.stop.inherit(group)
 
@@ -206,6 +206,7 @@ def take_over(training, recovered, began):
         root = training.group.collect(mine).index(True)
         facts = training.group.share(old.facts() if training.group.rank == root else None, root)
         training.adopt(facts)
+        training.metrics.catch_up(training.group.share(old.metrics.last if training.group.rank == root else None, root))
         for new, before in zip(training.model.buckets, old.model.buckets):
             good = new.group.collect(mine)
             for array, kept in zip(new.whole_state(), before.whole_state()):
