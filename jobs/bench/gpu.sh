@@ -71,7 +71,7 @@ part operations 40 "$python" jobs/bench/gpu_operations.py --out "$results/operat
 part attention 50 "$python" jobs/bench/gpu_attention.py --out "$results/attention.json"
 part step 60 "$python" jobs/bench/gpu_step.py --out "$results/step.json"
 part peers 120 "$python" jobs/bench/gpu_peer.py --model gpt2 --out "$results/peers.json"
-part llama 120 "$python" jobs/bench/gpu_peer.py --model llama --rounds 5 --out "$results/llama.json"
+part llama 120 "$python" jobs/bench/gpu_peer.py --model llama --rounds 5 --batch 2 --out "$results/llama.json"
 part transports 60 on_ranks 2 jobs/bench/gpu_transports.py --out "$results/transports.json"
 part verify 120 verify
 part commands 90 commands

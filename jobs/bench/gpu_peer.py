@@ -1,6 +1,6 @@
 """GPT-2 124M and a Llama of 1.2B, ours and PyTorch's, by turns on one GPU: tokens/s of whole steps with optimizer.
 
-    python jobs/bench/gpu_peer.py [--model gpt2 | llama] [--rounds N] [--out FILE.json]
+    python jobs/bench/gpu_peer.py [--model gpt2 | llama] [--rounds N] [--batch B] [--out FILE.json]
 
 Peers: a model written here in plain PyTorch, compiled (torch.compile), with scaled_dot_product_attention; and Hugging Face's
 model. Both train as one would: bfloat16 autocast over float32 weights, fused AdamW, gradient clipping. Ours: bfloat16 with float32
@@ -8,6 +8,7 @@ masters. All read batches of random tokens of the same shape; every side takes S
 """
 
 import argparse
+import gc
 import statistics
 import time
 
@@ -138,17 +139,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, help="sequences a step; fewer where the GPU has no room for all sides")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    kind, batch = arguments.model, BATCH[arguments.model]
+    kind, batch = arguments.model, arguments.batch or BATCH[arguments.model]
     sizes = (12, 768, 12, 12, 3072, 1024, 50257, False) if kind == "gpt2" else (16, 2048, 32, 8, 8192, 2048, 128256, True)
-    sides = {"mpillm": Ours(kind, batch)}
+    sides, no_room = {"mpillm": Ours(kind, batch)}, []
+    sides["mpillm"].turn(4)     # takes its memory before the others do
     for name, make, compiled in (("PyTorch, compiled", lambda: Model(*sizes), True), ("Hugging Face", lambda: HuggingFace(kind), False)):
         torch.manual_seed(1)
-        sides[name] = Peer(make(), batch, sizes[5], sizes[6], compiled)
-        sides[name].turn(3)     # compiles
-    sides["mpillm"].turn(4)
+        peer = None
+        try:
+            peer = Peer(make(), batch, sizes[5], sizes[6], compiled)
+            peer.turn(3)        # compiles
+            sides[name] = peer
+        except torch.OutOfMemoryError:      # all sides are on the GPU at a time
+            no_room.append(name)
+            del peer
+            gc.collect()
+            torch.cuda.empty_cache()
     found = {name: [] for name in sides}
     for _ in range(arguments.rounds):
         for name, side in sides.items():
@@ -157,7 +167,9 @@ def main():
     rows = [{"side": name, "tokens/s": statistics.median(rates), "least": min(rates), "most": max(rates),
              "ours to this": statistics.median(a / b for a, b in zip(ours, rates))} for name, rates in found.items()]
     print(table(rows))
-    save(arguments.out, about(sides["mpillm"].steps.ops) | {"torch": torch.__version__, "model": kind, "batch": batch, "rows": rows, "tokens_per_second": found})
+    if no_room:
+        print(f"no room beside the others: {', '.join(no_room)}")
+    save(arguments.out, about(sides["mpillm"].steps.ops) | {"torch": torch.__version__, "model": kind, "batch": batch, "rows": rows, "no_room": no_room, "tokens_per_second": found})
 
 
 if __name__ == "__main__":
