@@ -20,6 +20,7 @@ one step happens once. For tests of sites and of mpillm; nothing reads the varia
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,8 +29,12 @@ from typing import NamedTuple
 
 from ..config import UserError
 from .ending import say
+from .hang import WORDS
 
 VARIABLE = "MPILLM_FAULT"
+PHASES = ("*", *WORDS, "forward", "backward")
+DIGITS = re.compile(r"\d+(\.\d+)?")
+NUMBER = {"sleep": True, "slow": True, "usr1": False}      # actions that take one, and whether they need it
 
 
 class Fault(NamedTuple):
@@ -46,6 +51,8 @@ def parse(text):
         fields = part.strip().split(":")
         if len(fields) != 4 or not all(field == "*" or field.isdigit() for field in fields[1:3]):
             raise UserError(f"{VARIABLE}: {part!r}: expected phase:rank:step:action, such as forward:1:5:kill")
+        if fields[0] not in PHASES:
+            raise UserError(f"{VARIABLE}: phase {fields[0]!r}: expected one of {', '.join(PHASES)}")
         faults.append(Fault(*fields))
     return faults
 
@@ -92,9 +99,11 @@ class Faults:
     def __init__(self, faults, rank, more=None):
         self.actions = ACTIONS | {"slow": self._slow_down} | (more or {})
         for fault in faults:
-            name = fault.action.partition("=")[0]
+            name, given, value = fault.action.partition("=")
             if name not in self.actions:
                 raise UserError(f"{VARIABLE}: action {name!r}: expected one of {', '.join(self.actions)}")
+            if given and not (name in NUMBER and DIGITS.fullmatch(value)) or NUMBER.get(name) and not given:
+                raise UserError(f"{VARIABLE}: action {fault.action!r}: expected {name}" + ("=NUMBER" if name in NUMBER else " alone"))
         self.rank = rank
         self.faults = [fault for fault in faults if fault.rank in ("*", str(rank))]
         self.factor, self.last, self.waited = 1.0, None, 0.0

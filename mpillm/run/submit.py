@@ -14,7 +14,8 @@ from ..layout.mesh import sizes_of
 
 SIGNAL = 180            # seconds before the limit at which Slurm signals the ranks, where the run has not stopped by itself
 TEMPLATE = "train.sbatch.in"
-TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+TYPES = {str: "text", int: "a whole number", bool: "true or false", list: "a list of texts", dict: "a table"}
 WORD = re.compile(r"[\w.@%+-]*")
 
 
@@ -78,6 +79,9 @@ def read_site(name, on_gpu):
     except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {str(error).splitlines()[0]}") from None
     parts = {kind: values.pop(kind, {}) for kind in ("cpu", "gpu")}
+    for kind, part in parts.items():
+        if type(part) is not dict:
+            raise UserError(f"{path}: {kind} = {part!r}: expected a table, [{kind}] with keys below it")
     site = Site()
     for table in (values, parts["gpu" if on_gpu else "cpu"]):
         site = _changed(site, table, path)
@@ -85,7 +89,7 @@ def read_site(name, on_gpu):
         raise UserError(f"run.device = \"gpu\" on {site.description}: its GPUs are of AMD, for which mpillm has no kernels; use run.device = \"cpu\" or another site")
     if on_gpu and not site.gpus:
         raise UserError(f"run.device = \"gpu\" on {site.description or name}: the profile has no GPUs; use run.device = \"cpu\", another site, or set gpus in {path}")
-    if site.cores < 1:
+    if not site.cores:
         raise UserError(f"{path}: cores is missing: the cores of a node that a job may use")
     return site
 
@@ -96,8 +100,35 @@ def _changed(site, table, path):
         if key not in kinds:
             raise UserError(f"{path}: unknown key {key}{nearest(key, kinds)}; keys are {', '.join(kinds)}")
         if type(value) is not kinds[key]:
-            raise UserError(f"{path}: {key} = {value!r}: expected {kinds[key].__name__}")
+            raise UserError(f"{path}: {key} = {value!r}: expected {TYPES[kinds[key]]}")
+        problem = _problem(key, value)
+        if problem:
+            raise UserError(f"{path}: {key} = {value!r}: {problem}")
     return replace(site, **table)
+
+
+def _problem(key, value):
+    """What is wrong with a value of the right type; None where nothing is."""
+    texts = [value] if type(value) is str else value if type(value) is list else []
+    if not all(type(text) is str and text.isprintable() for text in texts):
+        return "expected text of one line" if type(value) is str else "expected a list of texts of one line"
+    if type(value) is int and value < (key != "gpus"):
+        return f"expected {int(key != 'gpus')} or more"
+    if key == "gpu_vendor" and value not in ("", "nvidia", "amd"):
+        return 'expected "nvidia" or "amd"'
+    if key == "environment":
+        for name, setting in value.items():
+            if not VARIABLE.fullmatch(name) or type(setting) not in (str, int, float):
+                return f"{name} = {setting!r}: expected NAME = text or a number"
+    if key in ("gpu_request", "stripe") and value:
+        field = "gpus" if key == "gpu_request" else "directory"
+        try:
+            words = shlex.split(value.format(**{field: "1"}))
+        except (ValueError, KeyError, IndexError, AttributeError):
+            words = []
+        if not words:
+            return f"expected options with {{{field}}} in them" if key == "gpu_request" else "expected a command with {directory} in it"
+    return None
 
 
 @dataclass(frozen=True)
@@ -137,8 +168,10 @@ def render(job, site, request):
     for option, value in (("--account", request.account), ("--partition", request.partition), ("--qos", request.qos)):
         if value is not None and not WORD.fullmatch(value):
             raise UserError(f"{option} {value!r}: expected a name")
-    if not TIME.fullmatch(request.time):
-        raise UserError(f"--time {request.time}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    if not WORD.fullmatch(job.run.name):
+        raise UserError(f"run.name = {job.run.name!r}: names the job in a batch script; use letters, digits and . _ - only")
+    if not seconds_of(request.time):
+        raise UserError(f"--time {request.time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours or days-hours:minutes:seconds, above 0")
     if site.account and not request.account:
         raise UserError(f"--account: {site.description} needs one; give the project that pays, such as --account myproject")
     per_node, cores = fitting_ranks(job, site, request, on_gpu)
@@ -146,16 +179,29 @@ def render(job, site, request):
     values = {
         "title": f"{job.run.name} on {site.description}: {request.nodes} node{'s' * (request.nodes > 1)} of {per_node} ranks",
         "directives": "\n".join(f"#SBATCH {line}" for line in directives(job, site, request, per_node, cores, on_gpu)),
-        "directory": os.path.abspath(request.directory), "venv": request.venv, "cpus": str(cores), "threads": str(cores), "name": job.run.name,
+        "directory": shlex.quote(os.path.abspath(request.directory)), "activate": shlex.quote(os.path.join(request.venv, "bin", "activate")), "cpus": str(cores), "threads": str(cores), "name": job.run.name,
         "modules": "\n".join(f"module load {shlex.quote(name)}" for name in site.modules),
         "environment": "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in site.environment.items()),
         "stripe": stripe(site, run),
-        "srun": " ".join([*([f"--mpi={site.mpi}"] if site.mpi else []), *([f"--cpu-bind={site.bind}"] if site.bind else [])]),
+        "srun": " ".join([*([shlex.quote(f"--mpi={site.mpi}")] if site.mpi else []), *([shlex.quote(f"--cpu-bind={site.bind}")] if site.bind else [])]),
         "arguments": " ".join(map(shlex.quote, [request.job_file, *request.overrides])),
     } | ending(request.links)
     with open(find(TEMPLATE), encoding="utf-8") as file:
         text = re.sub(r"@(\w+)@", lambda match: values[match[1]], file.read())
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text))
+
+
+def seconds_of(text):
+    """Seconds of a time as sbatch takes it; 0 where it is none."""
+    days, dash, clock = text.rpartition("-")
+    parts = [days] * len(dash) + clock.split(":")
+    if len(parts) > 3 + len(dash) or not all(part.isascii() and part.isdigit() for part in parts):
+        return 0
+    units = (86400, 3600, 60, 1) if dash else (3600, 60, 1) if len(parts) == 3 else (60, 1)
+    numbers = list(zip(map(int, parts), units))
+    if any(number >= {3600: 24}.get(unit, 60) for number, unit in numbers[1:]):
+        return 0
+    return sum(number * unit for number, unit in numbers)
 
 
 def directives(job, site, request, per_node, cores, on_gpu):

@@ -8,7 +8,7 @@ import pytest
 from command_runs import run, write_job
 
 from mpillm.config import UserError, read_job
-from mpillm.run.submit import Request, read_site, render, sites
+from mpillm.run.submit import Request, read_site, render, seconds_of, sites
 
 SITES = ["alps", "generic", "juwels-booster", "leonardo", "lumi-c", "lumi-g", "marenostrum5", "perlmutter"]
 GPU_SITES = ["alps", "juwels-booster", "leonardo", "marenostrum5", "perlmutter"]
@@ -59,7 +59,8 @@ def test_figures_of_known_sites(job_file):
     ("lumi-g", ["run.device=gpu"], {"account": "x"}, "its GPUs are of AMD"), ("lumi-c", ["run.device=gpu"], {"account": "x"}, "the profile has no GPUs"),
     ("perlmutter", ["run.device=gpu"], {"account": "x", "ranks_per_node": 5}, "a node of Perlmutter, NERSC has 4 GPUs"),
     ("generic", [], {"ranks_per_node": 33}, "has 32 cores for jobs"), ("generic", ["mesh.tp=2"], {"ranks_per_node": 3}, "2 does not divide the 3 ranks"),
-    ("generic", ["mesh.dp=1", "mesh.tp=3"], {"ranks_per_node": 3}, "tp=3"), ("generic", [], {"time": "soon"}, "--time soon"), ("generic", [], {"account": "a; rm"}, "--account 'a; rm'")])
+    ("generic", ["mesh.dp=1", "mesh.tp=3"], {"ranks_per_node": 3}, "tp=3"), ("generic", [], {"time": "soon"}, "--time soon"), ("generic", [], {"time": "25:99:99"}, "--time 25:99:99"), ("generic", [], {"time": "0"}, "above 0"),
+    ("generic", ["run.name=$(touch x)"], {}, "use letters, digits"), ("generic", ['run.name="a b"'], {}, "use letters, digits"), ("generic", [], {"account": "a; rm"}, "--account 'a; rm'")])
 def test_what_does_not_fit_is_refused(job_file, site, overrides, request_, line):
     with pytest.raises(UserError, match=line.replace("(", r"\(").replace("+", r"\+")):
         script(job_file, site, *overrides, **request_)
@@ -70,10 +71,28 @@ def test_a_profile_of_ones_own_is_checked(job_file, tmp_path):
     own.write_text('description = "ours"\ncores = 8\nmodules = ["mpi x"]\n[environment]\nA = "b c"\n')
     text = script(job_file, str(own))
     assert "module load 'mpi x'" in text and "export A='b c'" in text
-    for content, line in (("core = 8", "unknown key core; did you mean 'cores'"), ('cores = "8"', "expected int"), ("ranks = 2", "cores is missing"), ("cores = [", "not a TOML file")):
+    for content, line in (("core = 8", "unknown key core; did you mean 'cores'"), ('cores = "8"', "expected a whole number"), ("ranks = 2", "cores is missing"), ("cores = [", "not a TOML file"),
+                          ("cpu = 3", "expected a table"), ("cores = 0", "expected 1 or more"), ("cores = 8\nranks = -1", "ranks = -1: expected 1 or more"), ("modules = [1]", "expected a list of texts"),
+                          ('stripe = " "', "expected a command"), ("stripe = \"lfs '{directory}\"", "expected a command"), ('stripe = "lfs {folder}"', "expected a command"),
+                          ('gpu_request = "--gpus={n}"', "expected options with {gpus}"), ('partition = "a\\nb"', "text of one line"), ('gpu_vendor = "intel"', 'expected "nvidia" or "amd"'),
+                          ("[environment]\nA = [1]", "expected NAME = text"), ('[environment]\n"A B" = "1"', "expected NAME = text"), ("[gpu]\n[cpu]\ngpus = -1", "expected 0 or more")):
         own.write_text(content)
-        with pytest.raises(UserError, match=line):
+        with pytest.raises(UserError, match=line) as refused:
             script(job_file, str(own))
+        assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 5400), ("1:2", 62), ("100:00", 6000), ("01:00:00", 3600), ("48:00:00", 172800), ("2-3", 183600), ("1-02:03:04", 93784), ("1-24", 0), ("0:60", 0),
+                                           ("0", 0), ("-5", 0), ("1-", 0), ("1:2:3:4", 0), ("1 0", 0), ("", 0), ("\u0663", 0)])
+def test_times_are_those_of_sbatch(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+def test_names_of_folders_are_no_commands(job_file, tmp_path):
+    text = script(job_file, "generic", venv="it's $(touch x)", directory=str(tmp_path / "a $(touch y) \"b"))
+    (tmp_path / "a $(touch y) \"b").mkdir()
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "it's $(touch x)/bin/activate" in done.stderr and not list(tmp_path.rglob("[xy]"))
 
 
 def test_the_command_prints_or_submits(job_file, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from command_runs import launcher, run, write_texts
 
+from mpillm.run import faults
 from mpillm.run.metrics import read_metrics
 
 RANKS, STEPS, HANG_TIMEOUT = 4, 60, 2.0
@@ -188,3 +189,23 @@ def test_a_rank_at_half_speed_is_named_within_20_steps(place):
     shown = [line["compute_seconds"] for line in steps if "compute_seconds" in line and line["step"] > 15]
     assert shown and all(each["rank"] == 1 and each["most"] > each["median"] for each in shown)
     assert "rank 1 (node " in done.text and "is slow" in done.text
+
+
+# ---- the variable ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, line", [
+    ("forward:1:5", "expected phase:rank:step:action"), ("forward:a:5:kill", "expected phase:rank:step:action"), ("forwards:1:5:kill", "phase 'forwards': expected one of"),
+    ("forward:1:5:kills", "action 'kills': expected one of"), ("forward:1:5:sleep", "expected sleep=NUMBER"), ("forward:1:5:sleep=x", "expected sleep=NUMBER"),
+    ("forward:1:5:kill=3", "expected kill alone"), ("forward:1:5:usr1=", "expected usr1=NUMBER")])
+def test_a_fault_that_cannot_be_is_refused(place, monkeypatch, text, line):
+    """Also where it is another rank's."""
+    monkeypatch.setenv("MPILLM_FAULT", text)
+    done = run("train", "job.toml", "run.name=unheard", cwd=place)
+    assert done.code == 2 and len(done.ours) == 1 and line in done.ours[0] and not (place / "runs" / "unheard").exists(), done.text
+
+
+def test_every_phase_has_its_name():
+    """Of those that the code enters."""
+    source = "".join(path.read_text() for path in Path(faults.__file__).parents[1].rglob("*.py"))
+    entered = set(re.findall(r'phase\("([a-z-]+)"\)', source))
+    assert len(entered) > 10 and entered <= set(faults.PHASES)
