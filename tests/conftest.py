@@ -54,6 +54,7 @@ def pytest_configure(config):
 def pytest_runtest_logreport(report):
     if report.failed:
         counts["failed"] += 1
+        name_failed(f"{report.nodeid} ({report.when})")
         if world().size > 1:
             end_all_ranks(report)
     elif report.skipped:
@@ -64,6 +65,15 @@ def pytest_runtest_logreport(report):
 
 def pytest_collectreport(report):
     counts["skipped"] += report.skipped
+    if report.failed:
+        name_failed(f"{report.nodeid} (collection)")
+
+
+def name_failed(text):
+    """For the end of what tests/run.sh prints."""
+    if RESULTS and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(f"{RESULTS}.failed", "a") as file:
+            file.write(f"{text}\n")
 
 
 def end_all_ranks(report):
@@ -91,8 +101,8 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def write_results():
-    """Writes the counts of this rank, unless another rank did."""
-    if RESULTS and (world().rank == 0 or counts["failed"]):
+    """Writes the counts of this rank, unless another rank did; of pytest-xdist's processes the one that has them all."""
+    if RESULTS and "PYTEST_XDIST_WORKER" not in os.environ and (world().rank == 0 or counts["failed"]):
         try:
             with open(RESULTS, "x") as file:
                 file.write(f"{counts['passed']} {counts['failed']} {counts['skipped']}\n")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the environment with the test extras, then runs the tests: those without ranks in one process, those of runs that
-# fail and those with a real Slurm apart, those marked `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8 too. The last line is
-# "N passed, N failed".
+# Sets up the environment with the test extras, then runs the tests: those without ranks in two processes beside those with a real
+# Slurm, those of runs that fail, those marked `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts
+# on 6 and 8 too. The last line is "N passed, N failed"; the names of those that failed come before it.
 #   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too
 #     --no-peers   without PyTorch and transformers, so without tests/peers
@@ -60,13 +60,13 @@ part() {
 }
 
 if [ ${#paths[@]} -gt 0 ]; then
-  part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
+  part "no ranks" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
 else
   # Slurm mostly waits: its tests run beside the first part, and are told after it.
   { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
     echo $? > "$results/slurm.code"; } &
   beside=$!
-  part "one process" python -m pytest -q --color=$color -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
+  part "no ranks" python -m pytest -q --color=$color -n 2 --dist loadfile -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
   wait $beside
   part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
   part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
@@ -78,5 +78,9 @@ for n in $matrix; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" tests/train/test_matrix.py
 done
 
-printf '\n%s%s passed, %s failed\n' "$summary" "$passed" "$failed"
+printf '\n%s' "$summary"
+for names in "$results"/*.failed; do
+  [ ! -e "$names" ] || sed "s|^|failed: $(basename "$names" .failed): |" "$names"
+done
+printf '%s passed, %s failed\n' "$passed" "$failed"
 [ "$failed" -eq 0 ]

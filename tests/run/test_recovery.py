@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from command_runs import environment, launcher, run
-from test_faults import JOB, full, left_over, time_of_fault, train
+from test_faults import JOB, full, gone, time_of_fault, train
 
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
@@ -111,16 +111,17 @@ def test_without_a_complete_replica_the_run_ends(place, fault_tolerant):
 
 
 @needs_ulfm
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("action, code", [("exception", 1), ("exit", 3)])
-@pytest.mark.parametrize("on_failure, phase, rank", [("continue", "forward", 1), ("continue", "save", 0), ("end", "backward", 0)])
+@pytest.mark.parametrize("ranks, action, code, on_failure, phase, rank", [
+    (2, "exception", 1, "continue", "forward", 1), (4, "exception", 1, "continue", "save", 0), (4, "exit", 3, "continue", "reduce", 3), (4, "exception", 1, "end", "backward", 0),
+    (4, "exit", 3, "end", "forward", 1)])
 def test_a_rank_that_ends_by_itself_ends_all(place, fault_tolerant, ranks, action, code, on_failure, phase, rank):
     """That is no death to go on after, and MPI_Abort would leave some of four ranks waiting."""
     name = f"ends-{ranks}-{action}-{on_failure}-{phase}"
     done, end = train(place, name, f"{phase}:{rank}:20:{action}", f"run.on_failure={on_failure}", *DOUBLE, ranks=ranks)
     found = json.loads((place / "runs" / name / "status.json").read_text())
     assert (done.code, found["state"], found["exit"], found["rank"]) == (code, "failed", code, rank), done.text
-    assert end - time_of_fault(done) < 5 and not went_on(place, name) and not left_over(place)
+    assert end - time_of_fault(done) < 5 and gone(place)
+    assert not went_on(place, name)
     assert done.text.count("Traceback") == (action == "exception")
 
 

@@ -60,12 +60,12 @@ def variants_of(path):
     return found
 
 
-def cases_of(path):
-    """(type, architecture, macros) to compile: all variants for the first type on two GPUs, else the first and the last one."""
+def cases_of(path, whole):
+    """(type, architecture, macros) to compile: all variants for the first type on `whole` architectures, else the first and the last one."""
     types, variants = types_of(path), variants_of(path)
     few = variants[:1] + variants[1:][-1:]
     return [(dtype, arch, defines) for dtype in types for arch in ARCHITECTURES.get(dtype, ["80", "90a"])
-            for defines in (variants if dtype == types[0] and arch in ("80", "90a") else few)]
+            for defines in (variants if dtype == types[0] and arch in whole else few)]
 
 
 def local_memory(log):
@@ -80,9 +80,10 @@ def local_memory(log):
 
 
 @files
-def test_compiles_without_spills(path):
+@pytest.mark.parametrize("whole", [["90a"], pytest.param(["80", "90a"], marks=pytest.mark.long)], ids=" and ".join)
+def test_compiles_without_spills(path, whole):
     faults = []
-    for dtype, arch, defines in cases_of(path):
+    for dtype, arch, defines in cases_of(path, whole):
         try:
             cubin, log = compile_source(path, dtype, arch, defines, ["--ptxas-options=-v"])
         except CompileError as error:
