@@ -151,3 +151,11 @@ def test_the_command_line_imports_nothing_heavy():
            "print(sorted({'numpy', 'mpi4py', 'h5py', 'cupy', 'tokenizers', 'safetensors', 'threadpoolctl'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=20)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_parallel_h5py_does_not_start_mpi():
+    """On a login node that would end the process with some MPIs."""
+    text = ("import sys; from mpillm.layout.hdf5 import load_h5py; load_h5py(); mpi = sys.modules.get('mpi4py.MPI'); "
+            "print(mpi is not None and mpi.Is_initialized())")
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")

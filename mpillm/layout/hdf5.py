@@ -4,6 +4,7 @@ What stands here is for token files and checkpoints alike: the module without pl
 a child process, and new files whose datasets lie contiguous at known offsets, their bytes still to be written by all ranks.
 """
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -26,7 +27,13 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def load_h5py():
-    """The h5py module with plugin loading off: a file must not choose the libraries that we run."""
+    """The h5py module with plugin loading off, for a file must not choose the libraries that we run; with MPI as it is.
+
+    A parallel h5py imports mpi4py, which starts MPI; outside of a job, on login nodes, some MPIs abort then.
+    """
+    with contextlib.suppress(ImportError):
+        import mpi4py
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # as `start_mpi` has it
     os.environ["HDF5_PLUGIN_PRELOAD"] = "::"
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # shared file systems without locks refuse to open
     import h5py
