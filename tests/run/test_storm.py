@@ -1,6 +1,6 @@
 """A run that is killed again and again, started again by a loop: its weights, and how much of its time was of use.
 
-3 kills here, 50 with `tests/run.sh --long`.
+5 kills here, 50 with `tests/run.sh --long`.
 """
 
 import math
@@ -50,7 +50,7 @@ def kill_one(running, draw, at):
 
 @pytest.mark.skipif(launcher() is None, reason="no mpirun")
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_a_storm_of_kills(tmp_path, kills):
     write_job(tmp_path / "job.toml", train="seed = 3", run='name = "unnamed"')
     done = run("train", "job.toml", "run.name=trial", "train.steps=200", *SHAPE, cwd=tmp_path, ranks=2)
