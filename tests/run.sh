@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the environment with the test extras, then runs the tests: those without ranks in two processes beside those with a real
-# Slurm, those of runs that fail, those marked `ranks` under mpirun on 1, 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts
-# on 6 and 8 too. The last line is "N passed, N failed"; the names of those that failed come before it.
+# Sets up the environment with the test extras, then runs the tests: those without ranks in two processes, those of runs that fail,
+# those marked `ranks` under mpirun on 1 (with those of a real Slurm beside them), 2, 3 and 4 ranks (tests/conftest.py), the matrix of
+# layouts on 6 and 8 too. The last line is "N passed, N failed"; the names of those that failed come before it.
 #   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too
 #     --no-peers   without PyTorch and transformers, so without tests/peers
@@ -41,7 +41,7 @@ seconds=900            # a launch that takes longer hangs
 if [ $long = yes ]; then unlong="" seconds=7200; fi
 results=$(mktemp -d) || exit
 trap 'rm -rf "$results"' EXIT
-passed=0 failed=0 summary=""
+passed=0 failed=0 summary="" beside=""
 
 # part NAME COMMAND...: one launch; adds its counts. Status 5 of pytest (nothing to run) is no failure.
 part() {
@@ -62,18 +62,24 @@ part() {
 if [ ${#paths[@]} -gt 0 ]; then
   part "no ranks" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
 else
-  # Slurm mostly waits: its tests run beside the first part, and are told after it.
+  part "no ranks" python -m pytest -q --color=$color -n 2 --dist loadfile -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
+  part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
+  # Slurm mostly waits: its tests run beside those on the first number of ranks, which is one, and are told after them.
   { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
     echo $? > "$results/slurm.code"; } &
   beside=$!
-  part "no ranks" python -m pytest -q --color=$color -n 2 --dist loadfile -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
-  wait $beside
-  part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
-  part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
 fi
+tell_slurm() {
+  [ -n "$beside" ] || return 0
+  wait "$beside"
+  beside=
+  part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
+}
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
+  tell_slurm
 done
+tell_slurm
 for n in $matrix; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" tests/train/test_matrix.py
 done
