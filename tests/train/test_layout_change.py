@@ -48,7 +48,7 @@ def losses_of_one_rank(num_ranks, compute):
     return [trainer.train_step(step, Source(), (step - 1) * 7).loss for step in range(1, len(layouts) * STEPS + 1)]
 
 
-@pytest.mark.parametrize("compute, tolerance", [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("compute, tolerance", [pytest.param("float32", 1e-5, marks=pytest.mark.long), ("float64", 1e-10)])
 def test_a_run_that_changes_layout_at_every_resume_follows_one_that_never_did(group, shared_tmp, compute, tolerance):
     model, layouts = RUNS[group.size]
     losses, step = [], 0

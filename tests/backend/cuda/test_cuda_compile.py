@@ -80,7 +80,7 @@ def local_memory(log):
 
 
 @files
-@pytest.mark.parametrize("whole", [["90a"], pytest.param(["80", "90a"], marks=pytest.mark.long)], ids=" and ".join)
+@pytest.mark.parametrize("whole", [[], pytest.param(["80", "90a"], marks=pytest.mark.long)], ids=["some", "all"])
 def test_compiles_without_spills(path, whole):
     faults = []
     for dtype, arch, defines in cases_of(path, whole):
