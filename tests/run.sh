@@ -66,7 +66,7 @@ else
   { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
     echo $? > "$results/slurm.code"; } &
   beside=$!
-  part "one rank" python -m pytest -q --color=$color -n 2 --dist loadfile -m "$one $unlong" --ignore=tests/run --ignore=tests/slurm
+  part "one rank" python -m pytest -q --color=$color -n 2 --dist loadfile --no-loadscope-reorder -m "$one $unlong" --ignore=tests/run --ignore=tests/slurm
   wait $beside
   part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
   part "real runs" python -m pytest -q --color=$color -m "$one $unlong" tests/run
