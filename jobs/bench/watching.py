@@ -28,7 +28,7 @@ from mpillm.run.signals import StopFlag  # noqa: E402
 from mpillm.run.stragglers import ComputeTime  # noqa: E402
 from mpillm.run.watchdog import Watchdog  # noqa: E402
 
-TURN = 5        # steps
+TURN = 3        # steps
 
 
 def turn(steps, compute_time=None):
@@ -47,7 +47,7 @@ def turn(steps, compute_time=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="14M")
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--out", metavar="FILE.json")
     arguments = parser.parse_args()
     about = record.begin(vars(arguments))

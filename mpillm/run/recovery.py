@@ -166,11 +166,16 @@ def what_is_left(job, state, alive, dead):
     return kept, sizes
 
 
+def _newest_state(life, recovered, group, sizes):
+    """The State to go on from: that of before, where the one that followed it was not ready yet. Nobody else keeps it: it holds a whole model."""
+    return recovered and recovered.state or State(life.training, group.rank, sizes)
+
+
 def run(life, sizes, group):
     """Lets a Life train until it comes to an end, without the ranks that die meanwhile; the exit code. Collective."""
     if life.job.run.on_failure != "continue" or group.size == 1:
         return life.first(group, sizes)
-    recovered, state, died, began = None, None, False, 0.0
+    recovered, died, began = None, False, 0.0
     while True:
         try:
             code = life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
@@ -183,15 +188,13 @@ def run(life, sizes, group):
             died, others = ulfm.meet(group, saw_death=died) if group.size > 1 else (False, None)
             if others is not None or not died:
                 return code if others is None else others
-            if state is None or life.training and life.training.ready:
-                state = State(life.training, group.rank, sizes)
-            recovered = recover(life, group, state)
+            recovered = recover(life, group, _newest_state(life, recovered, group, sizes))
         if isinstance(recovered, int):
             return recovered
         life.directory.inherit(recovered.group)
         if recovered.group is None:
             ulfm.die()
-        group, sizes, state, died, life.training = recovered.group, recovered.sizes, recovered.state, False, None
+        group, sizes, died, life.training = recovered.group, recovered.sizes, False, None
         life.stop.inherit(group)
 
 

@@ -3,15 +3,20 @@
 5 kills of random ranks at random moments here, 20 with `tests/run.sh --long`. Needs Open MPI 5 (`mpirun --with-ft ulfm`).
 """
 
+import gc
 import json
 import random
 import subprocess
+import types
+import weakref
 
 import numpy as np
 import pytest
 from command_runs import environment, launcher, run
 from test_faults import JOB, full, gone, time_of_fault, train
 
+from mpillm.layout import ulfm
+from mpillm.run import recovery
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
 
@@ -137,6 +142,54 @@ def test_a_dead_rank_is_said_where_the_run_is_to_end(place, fault_tolerant):
 def test_it_is_refused_where_mpi_cannot(place):
     done = run("train", "job.toml", "run.name=refused", "run.on_failure=continue", cwd=place, ranks=2)
     assert done.code == 2 and "start with `mpirun --with-ft ulfm`" in done.ours[0] and not (place / "runs" / "refused").exists()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+class Died(Exception):
+    """In place of MPI's."""
+
+
+class FakeLife:
+    """Whose training dies once; a second death comes before or after the memory of the first was taken over."""
+
+    def __init__(self, second):
+        self.job = types.SimpleNamespace(run=types.SimpleNamespace(on_failure="continue", hang_timeout=None))
+        self.directory = self.stop = types.SimpleNamespace(inherit=lambda group: None)
+        self.second, self.training, self.seen = second, None, []
+
+    def begin(self, step):
+        self.training = types.SimpleNamespace(ready=True, step=step, model=types.SimpleNamespace(buckets=[], weights=Weights()), account=types.SimpleNamespace(hosts=None))
+        return weakref.ref(self.training.model.weights)
+
+    def first(self, group, sizes):
+        self.old = self.begin(3)
+        raise Died
+
+    def go_on(self, recovered, began):
+        self.seen.append(recovered.state.step)
+        if self.second == "before" and len(self.seen) == 1:
+            raise Died
+        held, recovered.state = self.begin(5), None
+        gc.collect()
+        assert held() is not None and self.old() is None
+        if self.second == "after" and len(self.seen) == 1:
+            self.old = held
+            raise Died
+        return 0
+
+
+class Weights:
+    """Of a model."""
+
+
+@pytest.mark.parametrize("second, seen", [("never", [3]), ("before", [3, 3]), ("after", [3, 5])])
+def test_the_memory_of_before_is_given_back_when_it_was_taken_over(monkeypatch, second, seen):
+    monkeypatch.setattr(ulfm, "is_failure", lambda error: isinstance(error, Died))
+    monkeypatch.setattr(ulfm, "meet", lambda group, saw_death=False, code=None: (saw_death, None))
+    monkeypatch.setattr(recovery, "recover", lambda life, group, state: recovery.Recovered(group, SIZES, state, state.step, ""))
+    life = FakeLife(second)
+    assert recovery.run(life, SIZES, types.SimpleNamespace(size=2, rank=0)) == 0 and life.seen == seen
 
 
 # ---- what is agreed upon --------------------------------------------------------------------------------------------
