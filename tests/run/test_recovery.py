@@ -116,6 +116,15 @@ def test_without_a_complete_replica_the_run_ends(place, fault_tolerant):
 
 
 @needs_ulfm
+def test_experts_that_the_replicas_left_cannot_share_end_the_run(place, fault_tolerant):
+    """ep = 2 does not divide 3 replicas: going on would train wrong weights."""
+    done, _ = train(place, "experts", "forward:3:15:kill", "run.on_failure=continue", "mesh.ep=2", "model.experts=4", *DOUBLE)
+    found = json.loads((place / "runs" / "experts" / "status.json").read_text())
+    assert done.code == 1 and found["state"] == "failed" and "ep=2 does not divide dp x cp = 3" in found["reason"], done.text
+    assert not went_on(place, "experts")
+
+
+@needs_ulfm
 @pytest.mark.parametrize("ranks, action, code, on_failure, phase, rank", [
     (2, "exception", 1, "continue", "forward", 1), (4, "exception", 1, "continue", "save", 0), (4, "exit", 3, "continue", "reduce", 3), (4, "exception", 1, "end", "backward", 0),
     (4, "exit", 3, "end", "forward", 1)])
