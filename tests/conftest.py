@@ -1,7 +1,7 @@
 """Fixtures and manners of the tests, without a launcher and under mpirun.
 
 A test marked `ranks` (or a file with `pytestmark = pytest.mark.ranks`) runs on 1, 2, 3 and 4 ranks: every rank runs every such
-test, in the same order. On one rank and all other tests run without a launcher. `long` marks counted proofs that take
+test, in the same order. On one rank, like all other tests, it runs without a launcher. `long` marks counted proofs that take
 minutes (tests/run.sh --long). tests/run.sh starts both kinds.
 
 Under several ranks a failing test would leave the others waiting in MPI: its rank prints the report and ends the whole job.

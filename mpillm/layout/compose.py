@@ -5,7 +5,8 @@
 
 from typing import NamedTuple
 
-from ..config import UserError, divisors
+from ..config import UserError
+from .mesh import uneven_experts
 
 
 class Rule(NamedTuple):
@@ -69,13 +70,12 @@ def _ulysses(model, mesh, sizes):
 
 
 def _experts(model, mesh, sizes):
-    replicas = sizes["dp"] * sizes["cp"]
-    if replicas % sizes["ep"]:
-        return f"mesh: ep={sizes['ep']} does not divide dp x cp = {replicas}; use ep of {divisors(replicas)}"
+    if uneven_experts(sizes):
+        return uneven_experts(sizes)
     if sizes["ep"] > 1 and not model.experts:
         return f"mesh: ep={sizes['ep']} with model.experts=0: there are no experts to split; use ep = 1, or set model.experts"
     if sizes["ep"] > max(1, model.experts):
-        good = [n for n in range(1, model.experts + 1) if replicas % n == 0]
+        good = [n for n in range(1, model.experts + 1) if sizes["dp"] * sizes["cp"] % n == 0]
         return f"mesh: ep={sizes['ep']} is more than model.experts={model.experts}; use ep of {_numbers(good)}"
 
 

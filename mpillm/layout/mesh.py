@@ -45,10 +45,17 @@ def sizes_of(config, num_ranks):
         given[open_axes[0]] = num_ranks // known
     elif known != num_ranks:
         raise UserError(f"mesh: {shown} needs {known} ranks, this job has {num_ranks}; start {known} ranks or set one axis to \"rest\"")
-    replicas = given["dp"] * given["cp"]
-    if replicas % config.ep:
-        raise UserError(f"mesh: ep={config.ep} does not divide dp x cp = {replicas}; use ep of {divisors(replicas)}")
-    return given | {"ep": config.ep}
+    sizes = given | {"ep": config.ep}
+    if uneven_experts(sizes):
+        raise UserError(uneven_experts(sizes))
+    return sizes
+
+
+def uneven_experts(sizes):
+    """The line about an ep that does not divide dp x cp; None where it does."""
+    replicas = sizes["dp"] * sizes["cp"]
+    if replicas % sizes["ep"]:
+        return f"mesh: ep={sizes['ep']} does not divide dp x cp = {replicas}; use ep of {divisors(replicas)}"
 
 
 def num_ranks_of(sizes):

@@ -47,7 +47,8 @@ def meet(group, saw_death=False, code=None):
 
     Returns
     -------
-    (bool, int or None): whether a rank died or was found dead, and the exit code where a rank ends the job. The same on all ranks.
+    (bool, int or None): whether a rank died or some rank saw an error of that kind, and the exit code where a rank ends the job; after a
+    death that nobody knew of yet (True, None) whatever ranks said. The same on all ranks.
     """
     from mpi4py import MPI
     flags = CODE | WELL | STAYS
@@ -75,7 +76,10 @@ def _revoke_all():
 
 
 def end(group, code, seconds):
-    """Tells all ranks to leave with `code`, as this one is about to. One that has not left after `seconds` kills itself: that the others see."""
+    """Tells all ranks to leave with `code`, as this one is about to. After `seconds` without an answer it kills itself: that the others see.
+
+    Not once it is in MPI_Finalize, where no timer of Python runs: a death at the same time can leave it there.
+    """
     last = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     last.daemon = True
     last.start()

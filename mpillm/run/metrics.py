@@ -70,7 +70,7 @@ class Metrics:
 
     def catch_up(self, last):
         """Appends the `last` line that another rank kept, where the rank that was to write it died before."""
-        if self.active and last is not None and f'{{"step": {last["step"]},'.encode() not in _tail(self.path):
+        if self.active and last is not None and (_newest(self.path, '{"step": ') or {}).get("step") != last["step"]:
             self._append(last)
 
     def event(self, name, **values):
@@ -107,20 +107,21 @@ class Metrics:
         self.close()
 
 
-def _tail(path, size=1 << 20):
-    """The last bytes of a file; none where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-            return file.read()
-    except OSError:
-        return b""
-
-
 def last_event(path, name):
     """The last event of that name in the last MB of a metrics.jsonl; None where there is none."""
-    for line in reversed(_tail(path).split(b"\n")):
-        if f'"event": "{name}"'.encode() in line:
+    return _newest(path, f'"event": "{name}"')
+
+
+def _newest(path, text, tail=1 << 20):
+    """The last whole line with `text` in the last `tail` bytes of a metrics.jsonl; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if text.encode() in line:
             try:
                 return json.loads(line)
             except ValueError:

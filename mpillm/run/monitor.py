@@ -211,7 +211,7 @@ class Monitor:
                 work()
 
     def _write_status(self, status):
-        """Unless a rank has failed, which is then why the others wait."""
+        """Unless a rank has failed, which is then why the others wait. Without the guard of `RunDirectory.status`: a rank that stands still may hold it."""
         if failure_since(self.directory, self.config["status"]) is None:
             write_atomic(self.directory / "status.json", json.dumps(status).encode() + b"\n")
 

@@ -38,7 +38,7 @@ class Spikes:
         return False
 
     def resume(self, losses):
-        """Goes on with the usual losses that a checkpoint recorded, so that a resume changes no verdict; without any where it has no such list."""
+        """Goes on with the usual losses that a checkpoint recorded, so that a resume knows what is usual; without any where it has no such list."""
         if isinstance(losses, list) and all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
             self.losses.extend(losses)
 

@@ -1,6 +1,7 @@
 """The batch script of a job: from a job file, a site profile (slurm/sites/*.toml) and the template (slurm/train.sbatch.in)."""
 
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from ..config import UserError, nearest
 from ..layout.compose import check_layout
 from ..layout.mesh import sizes_of
+from .walltime import seconds_of
 
 SIGNAL = 180            # seconds before the limit at which Slurm signals the ranks, where the run has not stopped by itself
 TEMPLATE = "train.sbatch.in"
@@ -170,7 +172,7 @@ def render(job, site, request):
             raise UserError(f"{option} {value!r}: expected a name")
     if not WORD.fullmatch(job.run.name):
         raise UserError(f"run.name = {job.run.name!r}: names the job in a batch script; use letters, digits and . _ - only")
-    if not seconds_of(request.time):
+    if not 0 < (seconds_of(request.time) or 0) < math.inf:
         raise UserError(f"--time {request.time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours or days-hours:minutes:seconds, above 0")
     if site.account and not request.account:
         raise UserError(f"--account: {site.description} needs one; give the project that pays, such as --account myproject")
@@ -189,19 +191,6 @@ def render(job, site, request):
     with open(find(TEMPLATE), encoding="utf-8") as file:
         text = re.sub(r"@(\w+)@", lambda match: values[match[1]], file.read())
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text))
-
-
-def seconds_of(text):
-    """Seconds of a time as sbatch takes it; 0 where it is none."""
-    days, dash, clock = text.rpartition("-")
-    parts = [days] * len(dash) + clock.split(":")
-    if len(parts) > 3 + len(dash) or not all(part.isascii() and part.isdigit() for part in parts):
-        return 0
-    units = (86400, 3600, 60, 1) if dash else (3600, 60, 1) if len(parts) == 3 else (60, 1)
-    numbers = list(zip(map(int, parts), units))
-    if any(number >= {3600: 24}.get(unit, 60) for number, unit in numbers[1:]):
-        return 0
-    return sum(number * unit for number, unit in numbers)
 
 
 def directives(job, site, request, per_node, cores, on_gpu):

@@ -15,14 +15,19 @@ SQUEUE_TIMEOUT = 20     # seconds
 
 
 def seconds_of(text):
-    """Slurm's way to write a duration, "1-02:03:04", "02:03:04", "03:04" or "UNLIMITED", in seconds; None for other words (NOT_SET, INVALID, ...)."""
-    if text.strip() == "UNLIMITED":
+    """Slurm's ways to write a duration, from "90" (minutes) and "3:04" to "1-02:03:04" or "UNLIMITED", in seconds; None for other words (NOT_SET, ...)."""
+    text = text.strip()
+    if text == "UNLIMITED":
         return math.inf
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
-    if not match:
+    days, dash, clock = text.rpartition("-")
+    parts = [days] * len(dash) + clock.split(":")
+    if len(parts) > 3 + len(dash) or not all(part.isascii() and part.isdigit() for part in parts):
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    units = (86400, 3600, 60, 1) if dash else (3600, 60, 1) if len(parts) == 3 else (60, 1)
+    numbers = list(zip(map(int, parts), units))
+    if any(number >= {3600: 24}.get(unit, 60) for number, unit in numbers[1:]):
+        return None
+    return sum(number * unit for number, unit in numbers)
 
 
 def ask_slurm(job):

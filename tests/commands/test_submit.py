@@ -8,7 +8,7 @@ import pytest
 from command_runs import run, write_job
 
 from mpillm.config import UserError, read_job
-from mpillm.run.submit import Request, read_site, render, seconds_of, sites
+from mpillm.run.submit import Request, read_site, render, sites
 
 SITES = ["alps", "generic", "juwels-booster", "leonardo", "lumi-c", "lumi-g", "marenostrum5", "perlmutter"]
 GPU_SITES = ["alps", "juwels-booster", "leonardo", "marenostrum5", "perlmutter"]
@@ -59,7 +59,7 @@ def test_figures_of_known_sites(job_file):
     ("lumi-g", ["run.device=gpu"], {"account": "x"}, "its GPUs are of AMD"), ("lumi-c", ["run.device=gpu"], {"account": "x"}, "the profile has no GPUs"),
     ("perlmutter", ["run.device=gpu"], {"account": "x", "ranks_per_node": 5}, "a node of Perlmutter, NERSC has 4 GPUs"),
     ("generic", [], {"ranks_per_node": 33}, "has 32 cores for jobs"), ("generic", ["mesh.tp=2"], {"ranks_per_node": 3}, "2 does not divide the 3 ranks"),
-    ("generic", ["mesh.dp=1", "mesh.tp=3"], {"ranks_per_node": 3}, "tp=3"), ("generic", [], {"time": "soon"}, "--time soon"), ("generic", [], {"time": "25:99:99"}, "--time 25:99:99"), ("generic", [], {"time": "0"}, "above 0"),
+    ("generic", ["mesh.dp=1", "mesh.tp=3"], {"ranks_per_node": 3}, "tp=3"), ("generic", [], {"time": "soon"}, "--time soon"), ("generic", [], {"time": "25:99:99"}, "--time 25:99:99"), ("generic", [], {"time": "0"}, "above 0"), ("generic", [], {"time": "UNLIMITED"}, "above 0"), ("generic", [], {"time": ""}, "above 0"),
     ("generic", ["run.name=$(touch x)"], {}, "use letters, digits"), ("generic", ['run.name="a b"'], {}, "use letters, digits"), ("generic", [], {"account": "a; rm"}, "--account 'a; rm'")])
 def test_what_does_not_fit_is_refused(job_file, site, overrides, request_, line):
     with pytest.raises(UserError, match=line.replace("(", r"\(").replace("+", r"\+")):
@@ -80,12 +80,6 @@ def test_a_profile_of_ones_own_is_checked(job_file, tmp_path):
         with pytest.raises(UserError, match=line) as refused:
             script(job_file, str(own))
         assert len(str(refused.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("text, seconds", [("90", 5400), ("1:2", 62), ("100:00", 6000), ("01:00:00", 3600), ("48:00:00", 172800), ("2-3", 183600), ("1-02:03:04", 93784), ("1-24", 0), ("0:60", 0),
-                                           ("0", 0), ("-5", 0), ("1-", 0), ("1:2:3:4", 0), ("1 0", 0), ("", 0), ("\u0663", 0)])
-def test_times_are_those_of_sbatch(text, seconds):
-    assert seconds_of(text) == seconds
 
 
 def test_names_of_folders_are_no_commands(job_file, tmp_path):

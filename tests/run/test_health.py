@@ -80,12 +80,12 @@ def placed(group, zero, compute="float32", spike=0.0, **mesh):
     return job, mesh, model
 
 
-PLACES = [({}, 0, "float32"), ({}, 0, "bfloat16"), ({}, 1, "float32"), ({}, 1, "bfloat16"), ({}, 2, "float64"), ({"tp": 2}, 0, "float32"),
-          ({"tp": 2}, 2, "bfloat16"), ({"pp": 2}, 0, "bfloat16"), ({"pp": 2}, 3, "float32"), ({"cp": 2}, 1, "float32")]
+LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"cp": 2}]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout, zero, compute", PLACES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("zero, compute", [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (0, "bfloat16"), (3, "float32"), (1, "float64"), (2, "float64")])
 def test_a_flipped_bit_is_named(group, zero, compute, layout):
     """Every rank, tensor and bit by chance, 20 of 20 found; ranks that are wrong are among those named, alone where that can be known."""
     if group.size < 2 or any(group.size % size for size in layout.values()):
@@ -174,18 +174,16 @@ def events(path, name):
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks, zero, step", [(3, 0, 22), (2, 1, 30)])
+@pytest.mark.parametrize("ranks, zero, step", [(3, 0, 22), (3, 1, 30)])
 def test_a_run_whose_replicas_differ_ends_before_it_saves(place, ranks, zero, step):
     """With ZeRO 1 a copy lives one step: what differs is found at the step of a comparison."""
     name = f"differs-{zero}"
     done, path = train(place, name, "run.check_replicas=10", f"mesh.zero={zero}", fault=f"between:1:{step}:flip", ranks=ranks)
     found = status(path)
     assert (found["state"], found["exit"], found["step"]) == ("failed", 76, 30) and done.code != 0
-    assert "weights differ" in found["reason"] and (" on rank 1 (node " if ranks == 3 else " on one of rank 0 (node ") in found["reason"] and "they were equal at step 20" in found["reason"]
+    assert "weights differ" in found["reason"] and " on rank 1 (node " in found["reason"] and "they were equal at step 20" in found["reason"]
     assert max(each.name for each in (path / "checkpoints").glob("step-????????")) == "step-00000020"
-    assert events(path, "replicas differ")[0]["tensors"][0]["ranks"] == ([1] if ranks == 3 else [0, 1])
-    if zero:
-        return
+    assert events(path, "replicas differ")[0]["tensors"][0]["ranks"] == [1]
     done, path = train(place, name, "run.check_replicas=10", f"mesh.zero={zero}", ranks=ranks)
     assert done.code == 0 and "resumed from step-00000020" in done.text
 

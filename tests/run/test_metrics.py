@@ -49,6 +49,19 @@ def test_lines_that_are_no_metrics_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "m") == ([{"step": 4}], [])
 
 
+def test_the_line_of_a_rank_that_died_is_caught_up_with(tmp_path):
+    """Not where it was written; but where an earlier pass over the same step, before a return or a resume, left one."""
+    with Metrics(tmp_path / "m", Solo()) as metrics:
+        for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.25)):
+            metrics.step({"step": step, "loss": loss})
+        metrics.event("checkpoint", step=2, seconds=0.1)
+        metrics.catch_up({"step": 2, "loss": 2.25})
+        assert (tmp_path / "m").read_text().count("\n") == 5
+        metrics.catch_up({"step": 3, "loss": 1.25})
+        metrics.catch_up(None)
+    assert [step["loss"] for step in read_metrics(tmp_path / "m")[0]] == [3.0, 2.25, 1.25]
+
+
 def test_other_ranks_write_nothing(tmp_path):
     class Other(Solo):
         rank = 1

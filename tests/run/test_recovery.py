@@ -219,7 +219,7 @@ def test_complete_replicas_are_kept():
 
 def test_the_newest_step_that_every_place_has_is_taken():
     def told(steps, whole=True):
-        return [{"rank": rank, "step": step, "whole": whole, "host": "n"} for rank, step in steps.items()]
+        return [{"rank": rank, "step": step, "whole": whole} for rank, step in steps.items()]
     assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5, 2: 6, 3: 6, 8: 6, 9: 6})) == 6
     assert common_step(state(), told({0: 6, 1: 5, 6: 5, 7: 5, 2: 5, 3: 6, 8: 6, 9: 6})) == 6
     assert common_step(state(), told({0: 6, 1: 5, 6: 6, 7: 5})) is None          # one moved on, the other did not

@@ -127,7 +127,9 @@ def test_room_for_the_first_save_is_guessed_from_its_size_or_an_earlier_one():
 # ---- the time that is left ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, seconds", [("1-02:03:04", 93784), ("02:03:04", 7384), ("3:04", 184), ("0:00", 0), ("UNLIMITED\n", math.inf),
-                                           ("NOT_SET", None), ("INVALID", None), ("", None), ("-1:00", None)])
+                                           ("NOT_SET", None), ("INVALID", None), ("", None), ("-1:00", None),
+                                           ("90", 5400), ("1:2", 62), ("100:00", 6000), ("01:00:00", 3600), ("48:00:00", 172800), ("2-3", 183600), ("1-24", None), ("0:60", None),
+                                           ("25:99:99", None), ("0", 0), ("-5", None), ("1-", None), ("1:2:3:4", None), ("1 0", None), ("\u0663", None)])
 def test_slurms_durations(text, seconds):
     assert seconds_of(text) == seconds
 

@@ -35,7 +35,7 @@ def test_a_spike_and_what_is_not_finite_do_not_count_as_usual():
     assert not spikes.is_one(9.0)
 
 
-def test_a_resume_changes_no_verdict():
+def test_a_resume_knows_what_is_usual():
     curve = [1.0, 1.1] * 12 + [9.0]
     before, after = fed(5.0, curve[:22])[1], Spikes(5.0)
     after.resume(list(before.losses))
