@@ -96,7 +96,7 @@ def main(argv=None):
         sys.stdout.flush()
     except BaseException as error:  # whatever it is, no rank may be left waiting for this one
         code = ended_by(error)
-    return ending.last(code)
+    return ending.finish(code)
 
 
 def ended_by(error):
@@ -108,16 +108,16 @@ def ended_by(error):
     except Exception as trouble:
         ending.say(f"mpillm: MPI does not start: {trouble}\n")
         group = None
-    code = ending.missed(error, group)
-    if code is not None:
-        return code
+    if isinstance(error, SystemExit) and not ending.code_of(error):
+        return 0
+    if ending.bears_deaths(group):
+        return ending.end_together(error, group)
     if isinstance(error, UserError):
         return ending.refuse(error, group)
     if isinstance(error, KeyboardInterrupt):
         ending.say("mpillm: interrupted\n" if launch.rank() == 0 else "")
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        code = ending.code_of(error)
-        return ending.end(code, group) if code else 0
+        return ending.end(ending.code_of(error), group)
     if isinstance(error, BrokenPipeError) and (group is None or group.size == 1):
         ending.close_output()
         return ending.CLOSED_PIPE

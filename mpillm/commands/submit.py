@@ -12,7 +12,7 @@ def add_arguments(parser):
     parser.add_argument("--partition")
     parser.add_argument("--qos")
     parser.add_argument("--links", type=int, default=1, help="a chain of so many jobs, one after the other, that train one model")
-    parser.add_argument("--venv", default=".venv", help="made by jobs/setup.sh")
+    parser.add_argument("--venv", default=".venv", help="made by jobs/setup.sh; a path as it is: variables in it are for your shell")
     parser.add_argument("--now", action="store_true", help="submit it")
 
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from ..config import UserError
 from .journal import JOURNAL
-from .launcher import cannot_join, launched, loaded_libraries, lone_rank, rank, started
+from .launcher import bears_deaths, cannot_join, cut_short, launched, loaded_libraries, lone_rank, rank, started
 from .pending import Pending
 from .slab import cut
 
@@ -162,10 +162,16 @@ class Group:
         from mpi4py import MPI
         self.mpi, self.handle, self.name, self.journal = MPI, handle, name, JOURNAL
         GROUPS.append(self)
-        self.rank, self.size, self._tag = handle.Get_rank(), handle.Get_size(), FIRST_TAG
+        self.rank, self.size, self._tag, self._bears_deaths = handle.Get_rank(), handle.Get_size(), FIRST_TAG, bears_deaths()
 
     def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
         return self.journal.enter(self, operation, array, sent, detail, peer, expected)
+
+    def _done(self, call):
+        """After a collective of MPI's own: where a death cuts it short, Open MPI 5.0.11 may tell of success without having filled the array."""
+        call.done()
+        if self._bears_deaths and cut_short(self.handle):
+            raise self.mpi.Exception(self.mpi.ERR_REVOKED)
 
     def _messages(self, x):
         """The contiguous `x` in the messages in which it goes to another rank."""
@@ -181,7 +187,7 @@ class Group:
         """Sum (or "max", "min") of `x` over the ranks, in place; returns `x`."""
         call = self._begin("all_reduce" if op == "sum" else f"all_reduce {op}", x, self._around(x), x.shape)
         self._all_reduce(x, op)
-        call.done()
+        self._done(call)
         return x
 
     def _all_reduce(self, x, op):
@@ -277,7 +283,7 @@ class Group:
         """Fills flat `x` with all ranks' parts; this rank's part is already in its place. Returns `x`."""
         call = self._begin("all_gather", x, (self.size - 1) * counts[self.rank] * x.itemsize, tuple(counts))
         self._all_gather(x, counts)
-        call.done()
+        self._done(call)
         return x
 
     def _all_gather(self, x, counts):
@@ -307,7 +313,7 @@ class Group:
         call = self._begin("broadcast", x, x.nbytes if self.rank == root else 0, (root, x.shape))
         for part in chunks(raw(x)):
             self.handle.Bcast(part, root)
-        call.done()
+        self._done(call)
         return x
 
     def all_to_all(self, x, send_counts, receive_counts, out):
@@ -316,7 +322,7 @@ class Group:
             raise ValueError(f"all_to_all of {max(x.size, out.size)} elements: at most {MAX_COUNT}; use smaller micro-batches")
         call = self._begin("all_to_all", x, (x.size - send_counts[self.rank]) * x.itemsize)
         self._all_to_all(x, send_counts, receive_counts, out)
-        call.done()
+        self._done(call)
         return out
 
     def _all_to_all(self, x, send_counts, receive_counts, out):
@@ -356,16 +362,14 @@ class Group:
     def barrier(self):
         call = self._begin("barrier", None)
         self.handle.Barrier()
-        call.done()
+        self._done(call)
 
     @contextlib.contextmanager
     def outside(self, operation):
         """A block in which all ranks call MPI by other means than this class, such as a library: noted as one call."""
         call = self._begin(operation, None)
-        try:
-            yield
-        finally:
-            call.done()
+        yield
+        self._done(call)
 
     # Small control values travel as JSON, so no rank ever runs what another sent.
 
@@ -459,6 +463,8 @@ def world():
             MPI = start_mpi()
             if MPI.COMM_WORLD.Get_size() > 1:
                 _world = Group(MPI.COMM_WORLD)
+                if bears_deaths():      # a revocation would crash a rank that is still in MPI_Init (Open MPI 5.0.11)
+                    _world.handle.Barrier()
             elif started()[0] > 1:
                 refuse_lone_rank(MPI.Get_library_version())
     return _world

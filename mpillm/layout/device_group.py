@@ -152,8 +152,8 @@ class DeviceGroup(Group):
             host = {"max": np.max, "min": np.min}[op](every, axis=0)
         else:
             self._all_reduce(host, op)
+        self._done(call)
         self._ops_of(x).put(x, host)
-        call.done()
         return x
 
     def reduce_scatter(self, x, counts):

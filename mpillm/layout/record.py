@@ -10,6 +10,7 @@ import struct
 import tempfile
 from typing import NamedTuple
 
+AGREE = "agree"             # the call in which ranks meet after a failure (ulfm.py)
 ENTRIES = 256               # calls that are kept
 CALL = struct.Struct("<QQqddq48s32s32s16s48s")      # one call; order of the fields of Entry
 HEAD = struct.Struct("<QddqQd16s48s")               # where the rank stands; order of the fields of State

@@ -6,10 +6,14 @@ is agreed by point-to-point messages with a tag of their own, which disturb no c
 1. Each rank that raises tells rank 0, and rank 0, if it raises, prints and tells everyone. All told within
    `PATIENCE`: the ranks leave in order, each with exit code 2; otherwise rank 0 aborts the job.
 2. Where rank 0 stays silent it did not raise: the ranks that did tell the higher ones, the lowest prints and aborts.
+
+Where MPI bears the death of a rank (ULFM) it does not abort: there all ranks agree on the end (`settle`, `end_together`).
 """
 
+import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 
@@ -133,9 +137,23 @@ def fail(error, group):
     rank = 0 if group is None else group.rank
     if rank:
         time.sleep(HEAD_START)
-    trace = "".join(traceback.format_exception(error)) + last_communication()
-    say(f"mpillm: rank {rank} failed: {type(error).__name__}: {error}\n{trace}")
+    say(_words(error, rank))
     return end(FAILED, group)
+
+
+def _words(error, rank):
+    """What people are told of an exception that ends a job."""
+    from ..config import UserError
+    if isinstance(error, UserError):
+        return error_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "mpillm: interrupted\n"
+    if isinstance(error, SystemExit):
+        return ""
+    if isinstance(error, RanksDied):
+        return f"mpillm: {error}\n"
+    trace = "".join(traceback.format_exception(error)) + last_communication()
+    return f"mpillm: rank {rank} failed: {type(error).__name__}: {error}\n{trace}"
 
 
 def last_communication():
@@ -146,37 +164,70 @@ def last_communication():
 
 
 def end(code, group):
-    """Ends the whole job with `code` where other ranks may be waiting; returns it where there is one rank, or where all leave alike (ULFM)."""
+    """Ends the whole job with `code` where other ranks may be waiting; returns it where there is one rank."""
     if group is not None and group.size > 1:
-        from ..layout import ulfm
-        if ulfm.enabled():
-            ulfm.end(group, code, LAST_RESORT)
-        else:
-            group.abort(code)
+        group.abort(code)
     return code
 
 
-def missed(error, group):
-    """The exit code where `error` is MPI's, of ULFM, for a rank that another one misses; None for all other errors. Said once."""
+# ---- where MPI bears the death of a rank ----------------------------------------------------------------------------
+
+class RanksDied(RuntimeError):
+    """The end of a job of which ranks died, in one line for people."""
+
+
+def bears_deaths(group):
+    """Whether a job of these ranks is one of ULFM."""
     if group is None or group.size == 1:
-        return None
+        return False
+    from ..layout import launcher
+    return launcher.bears_deaths()
+
+
+def settle(error, group):
+    """What the ranks that live agree on after `error` on this one: an ulfm.Verdict. Collective over those."""
+    from ..config import UserError
     from ..layout import ulfm
-    if not ulfm.enabled() or not ulfm.is_failure(error):
-        return None
-    code = ulfm.meet(group, saw_death=True)[1]
-    if code is None:
-        code = FAILED
-        if ulfm.survivors(group).rank == 0:
-            say(f"mpillm: a rank died: {error}\n")
-    return code
+    if ulfm.is_failure(error):
+        return ulfm.settle(group, met=error.args if isinstance(error, ulfm.Met) else None)
+    text = type(error).__name__ if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return ulfm.settle(group, code_of(error), text)     # of mistakes of the user one is said
 
 
-def last(code):
-    """`code`, for the interpreter to end with; after the death of a rank, which MPI_Finalize does not bear, this ends the process."""
+def end_together(error, group):
+    """The exit code with which all ranks end by `error` of this one. Collective over those that live, unless they have settled it before."""
+    from ..layout import ulfm
+    verdict, said = ulfm.verdict, []
+    words = _words(error, group.rank)
+    if verdict is None:
+        with ulfm.limited(group.rank), _after(ulfm.PATIENCE / 2, lambda: ulfm.is_failure(error) or said.append(say(words))):
+            verdict = settle(error, group)
+            if verdict.code is None:
+                words = f"mpillm: a rank died: {error}\n"
+                verdict = settle(RanksDied(words), verdict.alive)
+    if verdict.speaks and not said:
+        say(words)
+    return verdict.code
+
+
+@contextlib.contextmanager
+def _after(seconds, function):
+    """A block; where it lasts longer than `seconds` a thread calls the function."""
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def finish(code):
+    """`code`, for the interpreter to end with; after a failure that MPI_Finalize does not bear, this ends the process."""
     ulfm = sys.modules.get("mpillm.layout.ulfm")
     if ulfm and ulfm.lost:
         say("")
-        ulfm.exit(code)
+        ulfm.leave(code)
     return code
 
 

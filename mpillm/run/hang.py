@@ -16,10 +16,12 @@ call : dict or None
 
 from collections import Counter
 
+from ..layout.record import AGREE
+
 WORDS = {"set-up": "setting up", "load": "loading a checkpoint", "data": "reading data", "reduce": "reducing gradients",
          "optimizer": "updating weights", "between": "between two steps", "evaluate": "in validation", "save": "saving a checkpoint",
          "write": "writing a checkpoint", "verify": "reading a checkpoint back", "publish": "publishing a checkpoint",
-         "check": "comparing replicas"}
+         "check": "comparing replicas", "meet": "meeting the others after a failure or at the end"}
 
 
 def ranges_text(ranks):
@@ -44,11 +46,18 @@ def call_text(call):
 
 
 def culprits(ranks):
-    """The ranks that the others wait for, ascending; none where all wait for different calls and no order shows who is behind."""
-    for wrong in (lambda r: r["gone"], lambda r: r["stopped"], lambda r: r["call"] is None):
-        found = [r["rank"] for r in ranks if wrong(r)]
-        if found:
-            return sorted(found) if len(found) < len(ranks) or len(ranks) == 1 else []
+    """The ranks that the others wait for, ascending; none where all wait for different calls and no order shows who is behind.
+
+    Ranks that meet after a failure bear one that is no more: they wait for those that live and have not come.
+    """
+    living = [r for r in ranks if not r["gone"]]
+    gone = [r["rank"] for r in ranks if r["gone"]]
+    met = [r["rank"] for r in living if r["call"] is not None and r["call"]["operation"] == AGREE]
+    if met and len(met) < len(living):
+        return sorted(r["rank"] for r in living if r["rank"] not in met)
+    still = [r["rank"] for r in living if r["stopped"]] or [r["rank"] for r in living if r["call"] is None]
+    if gone or still:
+        return sorted(gone + still) if len(gone + still) < len(ranks) or len(ranks) == 1 else sorted(gone)
     turns = {}
     for r in ranks:
         turns.setdefault(r["call"]["group"], []).append((r["call"]["turn"], r["rank"]))
@@ -100,7 +109,8 @@ def summary(ranks, num_ranks):
     missing = sorted(set(range(num_ranks)) - set(by_rank))
     if missing:
         parts.insert(0, f"no word from the node of {ranks_text(missing)}")
-    parts += _waiting([r for r in ranks if r["rank"] not in guilty])[:4]
+    parts += [f"{ranks_text(gone)} is no more"] if (gone := [r["rank"] for r in ranks if r["gone"] and r["rank"] not in guilty]) else []
+    parts += _waiting([r for r in ranks if r["rank"] not in guilty + gone])[:4]
     return "; ".join(parts)
 
 

@@ -35,8 +35,8 @@ class Health:
 
     Attributes
     ----------
-    skipped : int
-        Steps that were skipped, of this process.
+    skipped, in_a_row, rollbacks : int
+        Steps that were skipped, those since the last that was not, and returns for a spike; in the whole run (`counts`, `resume`).
     """
 
     def __init__(self, training):
@@ -44,6 +44,15 @@ class Health:
         self.skipped = self.in_a_row = self.rollbacks = 0
         self.spikes = Spikes(self.config.spike)
         self.replicas, self.compared = Replicas(training.mesh, training.model), None
+
+    def counts(self):
+        """JSON-able."""
+        return [self.skipped, self.in_a_row, self.rollbacks]
+
+    def resume(self, counts, anew=False):
+        """Goes on from the counts of a checkpoint; where someone changed the job since (`anew`), what would end the run begins anew."""
+        if isinstance(counts, list) and len(counts) == 3 and all(type(count) is int and count >= 0 for count in counts):
+            self.skipped, self.in_a_row, self.rollbacks = counts if not anew else (counts[0], 0, 0)
 
     def after_step(self, result):
         """Judges the step just done; whether the run went back to an earlier one. Collective.
@@ -96,13 +105,14 @@ class Health:
             self.spikes.losses.append(loss)     # where the curve stays up there, that is usual from now on
             return False
         self.rollbacks += 1
+        run.saved_step = None       # what lies there reads the bad samples: where the save below fails, the end has to
         line = (f"loss {loss:.4f} at step {spike} was a spike (usual: below {usual:.4f}): back to step {step}, "
                 f"the {(spike - step) * self.config.batch} samples up to {run.samples - 1} are left out")
         run.changes.append(f"step {step}: {line}")
         run.progress.note(line)
         run.metrics.event("rolled back", step=step, spike=spike, loss=loss, threshold=usual)
         self.spikes.forget()
-        run.try_save()          # the samples to go on with: a resume from what lies there would read the bad ones
+        run.try_save()
         return True
 
     def compare_replicas(self):

@@ -3,6 +3,8 @@
 import contextlib
 
 from ..config import job_to_toml
+from ..layout import ulfm
+from ..layout.journal import JOURNAL
 from ..layout.mesh import Mesh
 from . import launch, recovery
 from .connect import connect
@@ -32,10 +34,13 @@ class Life:
     ----------
     training : Training or None
         Under way.
+    watchdog : Watchdog or None
+        Of the ranks that began together last; after a failure it may still be open (`unwatch`).
     """
 
     def __init__(self, job, data, ops, line, directory, stop):
         self.job, self.data, self.ops, self.line, self.directory, self.stop, self.training = job, data, ops, line, directory, stop, None
+        self.watchdog = None
 
     def faults(self):
         """What MPILLM_FAULT may do to the model, by name."""
@@ -72,10 +77,18 @@ class Life:
 
     @contextlib.contextmanager
     def _watched(self, group):
-        """What is around a Training of these ranks."""
+        """What is around a Training of these ranks, which end it together where one that dies can be borne."""
         with Progress(group, self.directory.file("log.txt")) as progress, Metrics(self.directory.file("metrics.jsonl"), group) as metrics, \
-                Watchdog(group, self.directory, self.stop, self.job.run.hang_timeout):
+                Watchdog(group, self.directory, self.stop, self.job.run.hang_timeout) as self.watchdog:
             yield progress, metrics
+            JOURNAL.phase("meet")
+            ulfm.check_all(group)
+
+    def unwatch(self):
+        """Ends the watch over ranks that have met after a failure."""
+        if self.watchdog:
+            self.watchdog.close()
+        self.watchdog = None
 
     def _build(self, group, sizes):
         return build(self.job, Mesh(group, sizes), self.data.vocabulary, self.ops)

@@ -4,11 +4,12 @@ The ranks that are left of complete replicas make a new, smaller mesh; samples o
 the data stay. Under ZeRO 0 every replica has the whole state in memory: of those that have done the same step it is taken. Else parts of
 it died with the rank, and the newest checkpoint is loaded. What is left of an incomplete replica ends.
 A death while that goes on starts it anew, from the same memory.
+
+Without that (`"end"`), or where a rank fails by itself, all ranks that live end together, with the same code. The watchdog's monitor
+watches over these meetings: it names the rank that does not come.
 """
 
 import contextlib
-import os
-import threading
 import time
 
 from ..config import UserError
@@ -17,10 +18,10 @@ from ..layout.compose import check_layout
 from ..layout.journal import JOURNAL
 from ..layout.mesh import AXES, coordinates, num_ranks_of
 from . import ending
+from .ending import RanksDied
 from .hang import ranks_text
 
-DEADLINE = 30.0         # seconds that agreeing on how to go on may take at least
-LONG_STEP = 600.0       # seconds until every rank has come to its next call of MPI, without run.hang_timeout
+UNWATCHED = 600.0       # seconds that agreeing on how to go on may take where no monitor is there yet
 NAMED = 4               # nodes of a message
 
 
@@ -28,7 +29,7 @@ def check(job, group):
     """Refuses a job that is to go on where that cannot be."""
     if job.run.on_failure != "continue" or group.size == 1:
         return
-    if not ulfm.enabled():
+    if not ending.bears_deaths(group):
         raise UserError(f'run.on_failure = "continue": this MPI was not started with fault tolerance; start with `{ulfm.COMMAND}` of Open MPI 5, or set it to "end"')
     if job.communication.transport == "nccl":
         raise UserError('run.on_failure = "continue" with communication.transport = "nccl": NCCL cannot go on without a rank; use "staged" or "cuda_aware"')
@@ -99,54 +100,43 @@ class Recovered:
         self.group, self.sizes, self.state, self.step, self.line = group, sizes, state, step, line
 
 
-def recover(life, world, state):
-    """Meets the ranks that are left and agrees with them how to go on; a Recovered, or an exit code. Collective over those.
+def recover(life, world, state, error):
+    """Meets the ranks that live and agrees with them how to go on after `error` on this one. Collective over those.
+
+    Returns
+    -------
+    A Recovered, or the exit code with which all end.
 
     Raises
     ------
-    RuntimeError
-        No layout is left.
+    The exception that ends the job, on the rank that is to say it.
     """
-    while True:
-        alive, recovered = ulfm.survivors(world), None
+    verdict = ending.settle(error, world)
+    while verdict.code is None:
         JOURNAL.turns.clear()
         try:
-            code = alive.share(life.directory.failure() if alive.rank == 0 else None)   # the rank may have ended by itself, and the job with it
-            recovered = _agreed(life.job, alive, state) if code is None else code
-        except Exception as error:
-            if not ulfm.is_failure(error):
-                raise
-        died, code = ulfm.meet(alive, saw_death=recovered is None)
-        if code is not None or not died:
-            return recovered if code is None else code      # else another one died meanwhile: all over again
+            recovered = _agreed(life, verdict.alive, state)
+            ulfm.check_all(verdict.alive)
+            return recovered
+        except Exception as trouble:        # another one died meanwhile, or no way is left
+            error = trouble
+        verdict = ending.settle(error, verdict.alive)
+    if verdict.speaks:
+        raise error
+    return verdict.code
 
 
-@contextlib.contextmanager
-def _deadline(life):
-    """A block that may not last for ever; a thread ends this rank then, for the rank waits in MPI."""
-    seconds = max(DEADLINE, life.job.run.hang_timeout or LONG_STEP)
-    timer = threading.Timer(seconds, _too_long, (life.directory, seconds))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _too_long(directory, seconds):
-    reason = f"going on without the dead rank took over {seconds:.0f} s"
-    ending.say(f"mpillm: {reason}: the run ends\n")
-    with contextlib.suppress(OSError, ValueError):
-        directory.status("failed", ending.FAILED, reason, rank=directory.group.rank)
-    os._exit(ending.FAILED)
-
-
-def _agreed(job, alive, state):
+def _agreed(life, alive, state):
+    """How the ranks that live go on; raises RanksDied where they end, which all of them find alike. Collective over those."""
+    code = alive.share(life.directory.failure() if alive.rank == 0 else None)      # the monitor may be ending the ranks, this one later than others
+    if code is not None:
+        raise SystemExit(code)
     described = alive.collect(state.described())
     old_ranks = [each["rank"] for each in described]
     dead = state.named(sorted(set(range(num_ranks_of(state.sizes))) - set(old_ranks)))
-    kept, sizes = what_is_left(job, state, old_ranks, dead)
+    if life.job.run.on_failure != "continue":
+        raise RanksDied(f"{dead} died; start again to go on from the last checkpoint")
+    kept, sizes = what_is_left(life.job, state, old_ranks, dead)
     step = common_step(state, [each for each in described if each["rank"] in kept])
     group = ulfm.regroup(alive, [place for place, rank in enumerate(old_ranks) if rank in kept])
     line = f"{dead} died" + (f" after step {max(each['step'] or 0 for each in described)}" if state.step is not None else "")
@@ -154,15 +144,15 @@ def _agreed(job, alive, state):
 
 
 def what_is_left(job, state, alive, dead):
-    """(old ranks of complete replicas, sizes of their mesh); RuntimeError, which names the `dead`, where they make none."""
+    """(old ranks of complete replicas, sizes of their mesh); RanksDied, which names the `dead`, where they make none."""
     kept = complete_replicas(state, alive)
     if not kept:
-        raise RuntimeError(f"{dead} died and no complete replica is left; start again to go on from the last checkpoint")
+        raise RanksDied(f"{dead} died and no complete replica is left; start again to go on from the last checkpoint")
     sizes = state.sizes | {"dp": len(kept) * state.sizes["dp"] // num_ranks_of(state.sizes)}
     try:
         check_layout(job, sizes)
     except UserError as error:
-        raise RuntimeError(f"{dead} died and what is left makes no mesh: {error}; start again to go on from the last checkpoint") from error
+        raise RanksDied(f"{dead} died and what is left makes no mesh: {error}; start again to go on from the last checkpoint") from error
     return kept, sizes
 
 
@@ -173,28 +163,27 @@ def _newest_state(life, recovered, group, sizes):
 
 def run(life, sizes, group):
     """Lets a Life train until it comes to an end, without the ranks that die meanwhile; the exit code. Collective."""
-    if life.job.run.on_failure != "continue" or group.size == 1:
+    if not ending.bears_deaths(group):
         return life.first(group, sizes)
-    recovered, died, began = None, False, 0.0
+    recovered = None
     while True:
         try:
-            code = life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
-        except Exception as error:
-            if not ulfm.is_failure(error):
-                raise
-            died = True
+            return life.first(group, sizes) if recovered is None else life.go_on(recovered, began)
+        except BaseException as trouble:
+            error = trouble
         began = time.monotonic()
-        with _deadline(life) if died else contextlib.nullcontext():
-            died, others = ulfm.meet(group, saw_death=died) if group.size > 1 else (False, None)
-            if others is not None or not died:
-                return code if others is None else others
-            recovered = recover(life, group, _newest_state(life, recovered, group, sizes))
+        if group.size == 1:
+            raise error
+        JOURNAL.phase("meet")
+        with contextlib.nullcontext() if life.watchdog else ulfm.limited(group.rank, UNWATCHED):
+            recovered = recover(life, group, _newest_state(life, recovered, group, sizes), error)
         if isinstance(recovered, int):
             return recovered
         life.directory.inherit(recovered.group)
         if recovered.group is None:
-            ulfm.die()
-        group, sizes, died, life.training = recovered.group, recovered.sizes, False, None
+            ulfm.kill_self()
+        life.unwatch()
+        group, sizes, life.training, error = recovered.group, recovered.sizes, None, None
         life.stop.inherit(group)
 
 
@@ -217,8 +206,11 @@ def take_over(training, recovered, began):
                     new.ops.copy(array, kept)
                 if not all(good):
                     new.group.broadcast(array, good.index(True))
-        recovered.state = None      # gives the memory of what was before back
+        ulfm.check_all(training.group)      # on all or on none, for the ranks of the old state have other numbers
+        recovered.state = None              # gives the memory of what was before back
         source = f"memory, step {training.step}"
     nodes = training.group.size
     training.progress.note(f"{recovered.line}; went on with {nodes} rank{'s, numbered anew,' * (nodes > 1)} from {source} after {time.monotonic() - began:.2f} s")
     training.metrics.event("went on", step=training.step, ranks=nodes, source="memory" if old else "checkpoint", seconds=time.monotonic() - began, reason=recovered.line)
+    if old is not None:
+        training.make_up()

@@ -18,7 +18,8 @@ SIGNAL = 180            # seconds before the limit at which Slurm signals the ra
 TEMPLATE = "train.sbatch.in"
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 TYPES = {str: "text", int: "a whole number", bool: "true or false", list: "a list of texts", dict: "a table"}
-WORD = re.compile(r"[\w.@%+-]*")
+WORD = re.compile(r"[\w.@%+-]*")     # an account or a partition
+NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _problem(key, value):
             words = shlex.split(value.format(**{field: "1"}))
         except (ValueError, KeyError, IndexError, AttributeError):
             words = []
-        if not words:
+        if not words or key == "stripe" and not value.count("{directory}"):
             return f"expected options with {{{field}}} in them" if key == "gpu_request" else "expected a command with {directory} in it"
     return None
 
@@ -170,7 +171,7 @@ def render(job, site, request):
     for option, value in (("--account", request.account), ("--partition", request.partition), ("--qos", request.qos)):
         if value is not None and not WORD.fullmatch(value):
             raise UserError(f"{option} {value!r}: expected a name")
-    if not WORD.fullmatch(job.run.name):
+    if not NAME.fullmatch(job.run.name):
         raise UserError(f"run.name = {job.run.name!r}: names the job in a batch script; use letters, digits and . _ - only")
     if not 0 < (seconds_of(request.time) or 0) < math.inf:
         raise UserError(f"--time {request.time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours or days-hours:minutes:seconds, above 0")

@@ -59,6 +59,7 @@ class Training:
                                self.mesh, self.job)
         self.step = self.samples = self.tokens = 0      # done so far, on all ranks
         self.saved_step = None              # step of the newest checkpoint
+        self.validated_step = None          # of the last validation
         self.changes = []                   # lines of every resume that changed the job
         self.loaded = None                  # entries of the checkpoint that is read
         self.ready = False                  # weights, samples and counters are there
@@ -88,17 +89,18 @@ class Training:
 
     def facts(self):
         """JSON-able: all of the state but tensors, as of the last step done."""
-        return {"step": self.step, "saved_step": self.saved_step, "samples": self.samples, "tokens": self.tokens, "changes": self.changes,
-                "usual_losses": list(self.health.spikes.losses), "loss_scale": list(self.trainer.loss_scale[:2]),
+        return {"step": self.step, "saved_step": self.saved_step, "validated_step": self.validated_step, "samples": self.samples, "tokens": self.tokens, "changes": self.changes,
+                "usual_losses": list(self.health.spikes.losses), "counts": self.health.counts(), "loss_scale": list(self.trainer.loss_scale[:2]),
                 "cursor": self.source.cursor_after(self.samples)}
 
     def adopt(self, facts):
         """Goes on where `facts` of another Training stood; the tensors are the caller's matter."""
-        self.step, self.saved_step, self.samples = facts["step"], facts["saved_step"], facts["samples"]
+        self.step, self.saved_step, self.validated_step, self.samples = (facts[key] for key in ("step", "saved_step", "validated_step", "samples"))
         self.tokens, self.changes = facts["tokens"], facts["changes"]
         self.trainer.loss_scale = self.trainer.loss_scale.resumed(facts["loss_scale"])
         self.source = Continued(self.data.batches(facts["cursor"]))
         self.health.spikes.resume(facts["usual_losses"])
+        self.health.resume(facts["counts"])
         self.ready = True
 
     def _entries_for(self, checkpoint):
@@ -141,7 +143,9 @@ class Training:
         self.samples, self.tokens = manifest["samples"], manifest["tokens"]
         self.source = Continued(self.data.batches(manifest["cursor"]))
         self.health.spikes.resume(manifest.get("usual_losses"))
-        lines = changes(manifest["job"], self.job, checkpoint.directory) + self.source.batches.messages
+        changed = changes(manifest["job"], self.job, checkpoint.directory)
+        self.health.resume(manifest.get("counts"), anew=bool(changed))
+        lines = changed + self.source.batches.messages
         self.changes = manifest["changes"] + [f"step {self.step}: {line}" for line in lines]
         for line in lines:
             self.progress.note(line)
@@ -184,6 +188,16 @@ class Training:
         if (wished and not stopping or every and self.step % every == 0) and not skipped:     # numbers that went wrong must not push out good ones
             self.try_save()
 
+    def make_up(self):
+        """After a death: the validation and the checkpoint that the others had not come to after their last step."""
+        train, every = self.job.train, self.job.checkpoint.every
+        if not self.step or self.health.in_a_row or self.step >= train.steps:
+            return
+        if train.evaluate_every and self.step % train.evaluate_every == 0 and self.validated_step != self.step:
+            self.validate()
+        if every and self.step % every == 0 and self.saved_step != self.step:
+            self.try_save()
+
     def _end(self, code, reason):
         """Says and records how the run ended."""
         if self.health.skipped:
@@ -214,6 +228,7 @@ class Training:
         JOURNAL.phase("evaluate")
         loss, tokens = validation_loss(self.ops, self.model, *self.data.windows(), self.trainer.micro_batch())
         JOURNAL.phase("between")
+        self.validated_step = self.step
         self.metrics.event("validation", step=self.step, validation_loss=loss, tokens=tokens, seconds=time.monotonic() - started)
         self.progress.note(f"step {self.step}: validation loss {loss:.4f} nats, perplexity {math.exp(min(loss, 700)):.2f}, {tokens} tokens")
 
@@ -235,6 +250,8 @@ class Training:
                     "samples": self.samples, "tokens": self.tokens, "cursor": self.source.cursor_after(self.samples), "changes": self.changes}
         if self.trainer.loss_scale.dynamic:
             manifest["loss_scale"] = list(self.trainer.loss_scale[:2])
+        if any(self.health.counts()):
+            manifest["counts"] = self.health.counts()
         if self.job.train.spike:
             manifest["usual_losses"] = list(self.health.spikes.losses)
         path = save(self.directory.checkpoints, self.step, entries(self.model, moments=True), manifest,

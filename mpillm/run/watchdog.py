@@ -2,7 +2,8 @@
 
 How long is learned from the run itself: in a step `FACTOR` times the longest step so far, and at least `LEAST` seconds. A save, a
 validation, a loading vary with the load of file systems: `PATIENCE` times as much at least. The first steps, which compile, and what
-has not happened yet may take `UNKNOWN`. `run.hang_timeout` sets the time of a step instead, and with it the others.
+has not happened yet may take `UNKNOWN`. `run.hang_timeout` sets the time of a step instead, and with it the others. Ranks that meet
+after a failure wait for one that may still be where this one was: as long as for that.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ LEAST = 60.0            # seconds
 PATIENCE = 10           # times what a step may take, for what is no step
 UNKNOWN = 1800.0        # seconds; with run.hang_timeout PATIENCE times that
 FIRST_STEPS = 2         # that compile, record graphs and fill caches
-IN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "between")
+IN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "between", "meet")
 CLOSING = 2.0           # seconds that the monitor has to end
 NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -59,8 +60,8 @@ class Limits:
             self.steps += 1
             if self.steps > FIRST_STEPS:
                 self._took("step", now - self.step_began)
-        self.phase, self.began = phase, now
-        return self.of(phase)
+        before, self.phase, self.began = self.phase, phase, now
+        return self.of(phase) if phase != "meet" else max(self.of(before), self.of(phase))
 
     def _took(self, phase, seconds):
         self.longest[phase] = max(self.longest.get(phase, 0.0), seconds)
@@ -76,6 +77,8 @@ class Limits:
 
 class Watchdog:
     """A context manager around the work of a run. Collective.
+
+    Where MPI bears the death of a rank (ULFM) it stays after a failure, for the ranks have to meet: `close` is the caller's then.
 
     Parameters
     ----------
@@ -96,7 +99,7 @@ class Watchdog:
         try:
             self._open()
         except BaseException:       # a rank died meanwhile
-            self.__exit__()
+            self.close()
             raise
         return self
 
@@ -138,7 +141,14 @@ class Watchdog:
     def _listen(self, phase, step, now):
         self.record.limit(self.limits.enter(phase, now))
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if kind is None or not ending.bears_deaths(self.group):
+            self.close()
+
+    def close(self):
+        """Ends the watch, once."""
+        if self.record is None:
+            return
         JOURNAL.record = None
         if self._listen in JOURNAL.listeners:
             JOURNAL.listeners.remove(self._listen)
@@ -154,3 +164,4 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self.stacks.close()
+        self.record = None

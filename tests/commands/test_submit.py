@@ -60,7 +60,7 @@ def test_figures_of_known_sites(job_file):
     ("perlmutter", ["run.device=gpu"], {"account": "x", "ranks_per_node": 5}, "a node of Perlmutter, NERSC has 4 GPUs"),
     ("generic", [], {"ranks_per_node": 33}, "has 32 cores for jobs"), ("generic", ["mesh.tp=2"], {"ranks_per_node": 3}, "2 does not divide the 3 ranks"),
     ("generic", ["mesh.dp=1", "mesh.tp=3"], {"ranks_per_node": 3}, "tp=3"), ("generic", [], {"time": "soon"}, "--time soon"), ("generic", [], {"time": "25:99:99"}, "--time 25:99:99"), ("generic", [], {"time": "0"}, "above 0"), ("generic", [], {"time": "UNLIMITED"}, "above 0"), ("generic", [], {"time": ""}, "above 0"),
-    ("generic", ["run.name=$(touch x)"], {}, "use letters, digits"), ("generic", ['run.name="a b"'], {}, "use letters, digits"), ("generic", [], {"account": "a; rm"}, "--account 'a; rm'")])
+    ("generic", ["run.name=$(touch x)"], {}, "use letters, digits"), ("generic", ['run.name="a b"'], {}, "use letters, digits"), ("generic", ["run.name=a%j"], {}, "use letters, digits"), ("generic", [], {"account": "a; rm"}, "--account 'a; rm'")])
 def test_what_does_not_fit_is_refused(job_file, site, overrides, request_, line):
     with pytest.raises(UserError, match=line.replace("(", r"\(").replace("+", r"\+")):
         script(job_file, site, *overrides, **request_)
@@ -73,7 +73,7 @@ def test_a_profile_of_ones_own_is_checked(job_file, tmp_path):
     assert "module load 'mpi x'" in text and "export A='b c'" in text
     for content, line in (("core = 8", "unknown key core; did you mean 'cores'"), ('cores = "8"', "expected a whole number"), ("ranks = 2", "cores is missing"), ("cores = [", "not a TOML file"),
                           ("cpu = 3", "expected a table"), ("cores = 0", "expected 1 or more"), ("cores = 8\nranks = -1", "ranks = -1: expected 1 or more"), ("modules = [1]", "expected a list of texts"),
-                          ('stripe = " "', "expected a command"), ("stripe = \"lfs '{directory}\"", "expected a command"), ('stripe = "lfs {folder}"', "expected a command"),
+                          ('stripe = " "', "expected a command"), ("stripe = \"lfs '{directory}\"", "expected a command"), ('stripe = "lfs {folder}"', "expected a command"), ('stripe = "lfs setstripe"', "expected a command"),
                           ('gpu_request = "--gpus={n}"', "expected options with {gpus}"), ('partition = "a\\nb"', "text of one line"), ('gpu_vendor = "intel"', 'expected "nvidia" or "amd"'),
                           ("[environment]\nA = [1]", "expected NAME = text"), ('[environment]\n"A B" = "1"', "expected NAME = text"), ("[gpu]\n[cpu]\ngpus = -1", "expected 0 or more")):
         own.write_text(content)

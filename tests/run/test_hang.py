@@ -29,8 +29,20 @@ def test_the_rank_that_does_not_wait_is_to_blame():
 def test_a_rank_that_is_stopped_or_gone_is_to_blame_though_it_seems_to_wait(state, words):
     ranks = [at(rank, call=waits()) for rank in range(4)]
     ranks[2][state] = True
-    ranks.append(at(4, "forward"))      # busy, but not stopped
-    assert hang.culprits(ranks) == [2] and words in hang.summary(ranks, 5)
+    ranks.append(at(4, "forward"))      # busy: what keeps the others from noticing that one is gone
+    assert hang.culprits(ranks) == ([2] if state == "stopped" else [2, 4]) and words in hang.summary(ranks, 5)
+
+
+def test_ranks_that_meet_after_a_death_wait_for_the_living():
+    """MPI bears that a rank is gone; also where it counts fewer turns than the others."""
+    meets = waits(operation="agree", turn=7)
+    ranks = [at(0, "meet", call=meets), at(1, "forward"), at(2, "reduce"), at(3, "meet", call=meets | {"turn": 9})]
+    ranks[1]["stopped"] = ranks[2]["gone"] = True
+    assert hang.culprits(ranks) == [1]
+    line = hang.summary(ranks, 4)
+    assert line.startswith("rank 1 (node n0) is stopped") and "; rank 2 is no more; " in line and "rank 2 wait" not in line
+    ranks[1] |= {"call": waits(), "stopped": False}
+    assert hang.culprits(ranks) == [1]
 
 
 def test_where_all_wait_the_one_behind_is_to_blame():

@@ -216,7 +216,7 @@ def test_a_spike_goes_back_and_leaves_its_samples_out(place, ranks, layout):
     assert back and all(event["step"] < event["spike"] and event["step"] % 10 == 0 and event["loss"] > event["threshold"] for event in back)
     manifest = json.loads(max((path / "checkpoints").glob("step-????????")).joinpath("manifest.json").read_text())
     assert manifest["samples"] == 6 * (60 + sum(event["spike"] - event["step"] for event in back)) == manifest["cursor"]["samples"]
-    assert len(manifest["changes"]) == len(back) and "was a spike" in manifest["changes"][0]
+    assert manifest["counts"] == [0, 0, len(back)] and len(manifest["changes"]) == len(back) and "was a spike" in manifest["changes"][0]
     assert "are left out" in done.text
 
 
@@ -236,8 +236,25 @@ def test_a_run_killed_after_it_went_back_goes_on_without_the_samples_left_out(pl
 def test_too_many_spikes_end_the_run_and_none_goes_back_without_a_checkpoint(place):
     done, path = train(place, "many", "train.spike=0.2", "train.steps=300", ranks=None)
     assert done.code == 76 and "is a spike" in status(path)["reason"] and "after 3 returns" in status(path)["reason"] and len(events(path, "rolled back")) == 3
+    done, path = train(place, "many", "train.spike=0.2", "train.steps=300", ranks=None)     # a new start alone gives no new returns
+    assert done.code == 76 and len(events(path, "rolled back")) == 3
+    done, path = train(place, "many", "train.spike=0.2", "train.steps=300", "train.spike=0.19", ranks=None)
+    assert len(events(path, "rolled back")) > 3
     done, path = train(place, "none", "train.spike=0.2", "checkpoint.every=0", ranks=None)
     assert done.code == 0 and "no checkpoint to go back to" in done.text
+
+
+def test_after_a_return_whose_save_failed_the_end_saves():
+    """What lies there would read the samples that were left out."""
+    job, mesh, model = placed(Solo(), 0, spike=1.5)
+    notes = []
+    training = types.SimpleNamespace(job=job, mesh=mesh, model=model, step=30, saved_step=None, samples=180, changes=notes, go_back=lambda: 20, try_save=lambda: None,
+                               progress=types.SimpleNamespace(note=notes.append), metrics=types.SimpleNamespace(event=lambda name, **values: None))
+    health = Health(training)
+    health.compared = 30
+    health.spikes.losses.extend([1.0, 1.1] * 12)
+    training.saved_step = 20
+    assert health._go_back(9.0) and training.saved_step is None and health.rollbacks == 1
 
 
 def test_a_curve_that_stays_up_is_soon_usual():

@@ -6,7 +6,10 @@
 import gc
 import json
 import random
+import re
 import subprocess
+import sys
+import time
 import types
 import weakref
 
@@ -15,8 +18,7 @@ import pytest
 from command_runs import environment, launcher, run
 from test_faults import JOB, full, gone, time_of_fault, train
 
-from mpillm.layout import ulfm
-from mpillm.run import recovery
+from mpillm.run import ending, recovery
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
 
@@ -74,6 +76,8 @@ def finished(place, name, whole, done, kills=1):
     found = losses(place, name)
     assert len(found) == STEPS and np.abs(found / whole - 1).max() < 1e-10, done.text      # the goal is 1e-5
     assert len(events) == kills and all(event["seconds"] < 5 for event in events), events
+    saved = [event["step"] for event in read_metrics(place / "runs" / name / "metrics.jsonl")[1] if event["event"] == "checkpoint"]
+    assert set(saved) == set(range(10, STEPS + 1, 10))      # also where the death came before a save, or in it
     assert not (place / "runs" / name / "lock").exists() and not list((place / "runs" / name).glob("hang-*"))
     return events
 
@@ -144,7 +148,98 @@ def test_a_dead_rank_is_said_where_the_run_is_to_end(place, fault_tolerant):
     done, end = train(place, "dead", "forward:2:20:kill", *DOUBLE)
     found = json.loads((place / "runs" / "dead" / "status.json").read_text())
     assert (done.code, found["state"], found["exit"]) == (1, "failed", 1) and end - time_of_fault(done) < 5, done.text
-    assert done.text.count("mpillm: a rank died: ") == 1 and "Traceback" not in done.text
+    assert done.text.count("mpillm: rank 2 (node ") == 1 and ") died; start again" in done.text and "Traceback" not in done.text
+    assert "rank 2" in found["reason"]
+
+
+# ---- two failures at once -------------------------------------------------------------------------------------------
+
+@needs_ulfm
+@pytest.mark.parametrize("on_failure", ["end", "continue"])
+@pytest.mark.parametrize("number", full(20))
+def test_a_rank_raises_while_another_dies(place, fault_tolerant, number, on_failure):
+    """All end with the code of the one that raised, and its reason."""
+    draw = random.Random(number)
+    raises, dies = draw.sample(range(4), 2)
+    phase, other = draw.choice(PHASES[:6]), draw.choice(PHASES[:6])
+    name = f"raises-{number}-{on_failure}"
+    done, end = train(place, name, f"{phase}:{raises}:20:exception,{other}:{dies}:20:kill", f"run.on_failure={on_failure}", *DOUBLE)
+    found = json.loads((place / "runs" / name / "status.json").read_text())
+    assert end - time_of_fault(done) < 5 and gone(place) and found["state"] == "failed" and done.code == found["exit"] == 1, done.text
+    happened = f":{raises}:20:exception at" in done.text
+    if happened:
+        assert found["reason"] == "RuntimeError: a fault on purpose" and done.text.count("Traceback") == 1, done.text
+    else:           # the other one had died before
+        assert on_failure == "end" and f"rank {dies} (node" in found["reason"], done.text
+
+
+@needs_ulfm
+@pytest.mark.parametrize("on_failure", ["end", "continue"])
+@pytest.mark.parametrize("number", full(20))
+def test_a_rank_stands_still_while_another_dies(place, fault_tolerant, number, on_failure):
+    """It is named, and all are gone within the time-out and 5 s. Where the others wait for it they may not have heard of the death."""
+    draw = random.Random(number)
+    still, dies = draw.sample(range(4), 2)
+    action = ("stop", "gil", "loop", "sleep=3600")[number % 4]
+    name = f"still-{number}-{on_failure}"
+    done, end = train(place, name, f"forward:{still}:20:{action},{draw.choice(PHASES[1:4])}:{dies}:20:kill", f"run.on_failure={on_failure}", *DOUBLE, "run.hang_timeout=2")
+    found = json.loads((place / "runs" / name / "status.json").read_text())
+    assert (found["state"], found["exit"]) == ("failed", 77) and found["rank"] in (still, dies), done.text
+    assert done.code == 77 and f"rank {still} (node " in found["reason"] and end - time_of_fault(done) < 2 + 5 and gone(place), done.text
+
+
+@needs_ulfm
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_failure_that_ranks_share_is_said_once(place, fault_tolerant, count):
+    name = f"shared-{count}"
+    done, end = train(place, name, ",".join(f"between:{rank}:20:exception" for rank in range(4 - count, 4)), *DOUBLE)
+    assert done.code == 1 and end - time_of_fault(done) < 5 and gone(place) and done.text.count("Traceback") == 1, done.text
+
+
+@needs_ulfm
+@pytest.mark.parametrize("wrong", [[0], [1, 2], [0, 2], [0, 1, 2, 3], [3]], ids=str)
+def test_a_mistake_that_some_ranks_see_ends_all_once(tmp_path, fault_tolerant, wrong):
+    """Before there is a run or a monitor: the others wait in a collective, or come to it."""
+    done, seconds = end_by(tmp_path, f"""
+    if group.rank in {wrong}:
+        raise UserError(f"x: rank {{group.rank}} found 1")
+    group.barrier()
+""")
+    assert done.returncode == 2 and seconds < 5, done.stderr
+    assert re.findall("mpillm: error: x: rank (.) found 1", done.stderr) == [str(wrong[0])], done.stderr
+
+
+@needs_ulfm
+@pytest.mark.parametrize("late", [0, 3])
+def test_ranks_do_not_wait_for_ever_for_one_that_computes(tmp_path, fault_tolerant, late):
+    """Nor does that one for those that went: without a monitor each ends by itself."""
+    done, seconds = end_by(tmp_path, f"""
+    ulfm.PATIENCE = 1.0
+    if group.rank == 1:
+        raise UserError("x: found 1")
+    if group.rank == {late}:
+        time.sleep(4)
+    group.barrier()
+""")
+    assert done.returncode != 0 and seconds < 9 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("mpillm: error: x: found 1") == 1, done.stderr
+
+
+def end_by(folder, body):
+    """Four ranks of a command with that body, under ULFM; what it left, and the seconds that it took."""
+    (folder / "command.py").write_text(f"""
+import sys, time
+from mpillm import __main__
+from mpillm.config import UserError
+from mpillm.layout import ulfm
+def start(argv):
+    group = __main__.all_ranks(){body}
+__main__.start = start
+sys.exit(__main__.main([]))
+""")
+    began = time.monotonic()
+    done = subprocess.run([launcher(), "--with-ft", "ulfm", "-n", "4", sys.executable, "command.py"], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    return done, time.monotonic() - began
 
 
 @pytest.mark.skipif(launcher() is None, reason="no mpirun")
@@ -165,6 +260,7 @@ class FakeLife:
     def __init__(self, second):
         self.job = types.SimpleNamespace(run=types.SimpleNamespace(on_failure="continue", hang_timeout=None))
         self.directory = self.stop = types.SimpleNamespace(inherit=lambda group: None)
+        self.watchdog, self.unwatch = True, lambda: None
         self.second, self.training, self.seen = second, None, []
 
     def begin(self, step):
@@ -194,9 +290,8 @@ class Weights:
 
 @pytest.mark.parametrize("second, seen", [("never", [3]), ("before", [3, 3]), ("after", [3, 5])])
 def test_the_memory_of_before_is_given_back_when_it_was_taken_over(monkeypatch, second, seen):
-    monkeypatch.setattr(ulfm, "is_failure", lambda error: isinstance(error, Died))
-    monkeypatch.setattr(ulfm, "meet", lambda group, saw_death=False, code=None: (saw_death, None))
-    monkeypatch.setattr(recovery, "recover", lambda life, group, state: recovery.Recovered(group, SIZES, state, state.step, ""))
+    monkeypatch.setattr(ending, "bears_deaths", lambda group: True)
+    monkeypatch.setattr(recovery, "recover", lambda life, group, state, error: recovery.Recovered(group, SIZES, state, state.step, ""))
     life = FakeLife(second)
     assert recovery.run(life, SIZES, types.SimpleNamespace(size=2, rank=0)) == 0 and life.seen == seen
 
