@@ -157,11 +157,9 @@ def survivors(world):
 
 
 def regroup(alive, ranks):
-    """The group of the members `ranks` of `alive`, which becomes the world of this process; Solo where there is one. None on the other members. Collective."""
+    """The group of the members `ranks` of `alive`, to go on with; Solo where there is one. None on the other members. Collective."""
     handle = alive.handle.Split(0 if alive.rank in ranks else 1, alive.rank)
-    group = None if alive.rank not in ranks else comm.Group(handle, "world") if len(ranks) > 1 else comm.Solo()
-    comm.set_world(group or comm.Solo())
-    return group
+    return None if alive.rank not in ranks else comm.Group(handle, "world") if len(ranks) > 1 else comm.Solo()
 
 
 @contextlib.contextmanager

@@ -198,13 +198,13 @@ def end_together(error, group):
     """The exit code with which all ranks end by `error` of this one. Collective over those that live, unless they have settled it before."""
     from ..layout import ulfm
     verdict, said = ulfm.verdict, []
-    words = _words(error, group.rank)
+    words, mine = _words(error, group.rank), not ulfm.is_failure(error)
     if verdict is None:
-        with ulfm.limited(group.rank), _after(ulfm.PATIENCE / 2, lambda: ulfm.is_failure(error) or said.append(say(words))):
+        with ulfm.limited(group.rank), _after(ulfm.PATIENCE / 2, lambda: said.append(say(words)) if mine else None):
             verdict = settle(error, group)
             if verdict.code is None:
                 words = f"mpillm: a rank died: {error}\n"
-                verdict = settle(RanksDied(words), verdict.alive)
+                verdict = settle(RanksDied("a rank died"), verdict.alive)
     if verdict.speaks and not said:
         say(words)
     return verdict.code

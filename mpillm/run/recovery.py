@@ -13,7 +13,7 @@ import contextlib
 import time
 
 from ..config import UserError
-from ..layout import ulfm
+from ..layout import comm, ulfm
 from ..layout.compose import check_layout
 from ..layout.journal import JOURNAL
 from ..layout.mesh import AXES, coordinates, num_ranks_of
@@ -182,6 +182,7 @@ def run(life, sizes, group):
         life.directory.inherit(recovered.group)
         if recovered.group is None:
             ulfm.kill_self()
+        comm.set_world(recovered.group)
         life.unwatch()
         group, sizes, life.training, error = recovered.group, recovered.sizes, None, None
         life.stop.inherit(group)

@@ -13,7 +13,7 @@ REFUSED = {
 SAID = {
     "model": ("dropout", "context", "balance_loss", "router_z_loss"),
     "data": ("train", "validation"),
-    "train": ("steps", "batch"),
+    "train": ("steps", "batch", "spike"),
     "optimizer": ("rate", "rate_schedule", "final_rate_share", "decay_share", "warmup", "betas", "epsilon", "weight_decay", "clip"),
     "precision": ("compute",),
 }
