@@ -156,7 +156,7 @@ class Group:
         The most bytes of a message between two ranks: where some of the ranks have GPUs, all must cut alike.
     """
     empty = staticmethod(np.empty)
-    message_bytes = None
+    message_bytes, _bears_deaths = None, False
 
     def __init__(self, handle, name="world"):
         from mpi4py import MPI
