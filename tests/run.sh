@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment with the test extras, then runs the tests: all on one rank, two at a time, beside those with a real Slurm;
+# Sets up the environment with the test extras, then runs the tests: those on one rank, two at a time, beside those with a real Slurm;
 # those of runs that fail; those marked `ranks` under mpirun on 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8
 # too. The last line is "N passed, N failed"; the names of those that failed come before it.
 #   tests/run.sh [--long] [--no-peers] [--ranks "2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
@@ -63,13 +63,15 @@ if [ ${#paths[@]} -gt 0 ]; then
   part "one rank" python -m pytest -q --color=$color -m "$one $unlong" "${paths[@]}"
 else
   # Slurm mostly waits: its tests run beside the first part, and are told after it.
+  # Tests of how soon runs end have the machine to themselves.
+  alone=(tests/run/test_{doctor,ending,faults,monitor,recovery,signals,storm}.py)
   { MPILLM_TEST_RESULTS=$results/slurm timeout --kill-after=10 $seconds python -m pytest -q -rs --color=no tests/slurm > "$results/slurm.out" 2>&1
     echo $? > "$results/slurm.code"; } &
   beside=$!
-  part "one rank" python -m pytest -q --color=$color -n 2 --dist loadfile --no-loadscope-reorder -m "$one $unlong" --ignore=tests/run --ignore=tests/slurm
+  part "one rank" python -m pytest -q --color=$color -n 2 --dist loadfile --no-loadscope-reorder -m "$one $unlong" "${alone[@]/#/--ignore=}" --ignore=tests/slurm
   wait $beside
   part "slurm" bash -c 'cat "$1.out"; exit "$(cat "$1.code")"' tell "$results/slurm"
-  part "real runs" python -m pytest -q --color=$color -m "$one $unlong" tests/run
+  part "real runs" python -m pytest -q --color=$color -m "$one $unlong" "${alone[@]}"
 fi
 for n in $ranks; do
   part "$n ranks" mpirun -n "$n" python -m mpi4py -m pytest -x -q --color=$color -m "ranks $unlong" ${paths[@]+"${paths[@]}"}

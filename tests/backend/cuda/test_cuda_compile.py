@@ -12,7 +12,7 @@ from mpillm.backend.cuda.modules import KERNELS, CompileError, compile_source, c
 from mpillm.config import UserError
 
 TYPES = {"half": ["bfloat16", "float16"], "": ["bfloat16", "float16", "float32", "float64"]}
-ARCHITECTURES = {"bfloat16": ["80", "90a", "100", "120"]}      # others: the first two
+ARCHITECTURES, OTHERS = {"bfloat16": ["80", "90a", "100", "120"]}, ["80", "90a"]
 SPILLS = {     # (file, kernel): how many bytes it may store to local memory, and why
     ("attention", "forward"): (4, "255 registers at a head width of 128"),
     ("attention_backward", "backward_keys"): (68, "128 registers at a head width of 64, so that two blocks share a multiprocessor; 255 at 128"),
@@ -61,10 +61,14 @@ def variants_of(path):
 
 
 def cases_of(path, whole):
-    """(type, architecture, macros) to compile: all variants for the first type on `whole` architectures, else the first and the last one."""
+    """(type, architecture, macros) to compile: all variants for the first type on `whole` architectures, else the first and the last one.
+
+    Without `whole` types other than bfloat16 on one architecture, by turns.
+    """
     types, variants = types_of(path), variants_of(path)
     few = variants[:1] + variants[1:][-1:]
-    return [(dtype, arch, defines) for dtype in types for arch in ARCHITECTURES.get(dtype, ["80", "90a"])
+    others = {dtype: OTHERS if whole else [OTHERS[turn % 2]] for turn, dtype in enumerate(types)}
+    return [(dtype, arch, defines) for dtype in types for arch in ARCHITECTURES.get(dtype, others[dtype])
             for defines in (variants if dtype == types[0] and arch in whole else few)]
 
 
