@@ -243,7 +243,8 @@ class RunDirectory:
     def _report(self, error):
         """After a failure of this rank: the reason for people and scripts, then the lock, for the job is about to end."""
         code = ending.code_of(error)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+        words = str(error) if isinstance(error, ending.RanksDied) else f"{type(error).__name__}: {error}"
+        reason = " ".join(words.split())[:2000]
         with contextlib.suppress(OSError, ValueError):
             self.status("failed", code, reason, rank=self.group.rank)
         with contextlib.suppress(OSError):

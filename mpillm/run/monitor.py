@@ -241,8 +241,13 @@ def main():
             return
         data += piece
     config, _, over = data.partition(b"\n")     # what follows on standard input tells that the run is over
-    if not over:
-        Monitor(json.loads(config)).watch()
+    if over:
+        return
+    try:
+        monitor = Monitor(json.loads(config))
+    except FileNotFoundError:       # a rank has closed its record: its run is over, or goes on with another monitor
+        return
+    monitor.watch()
 
 
 if __name__ == "__main__":
