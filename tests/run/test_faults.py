@@ -44,9 +44,9 @@ hang_timeout = {HANG_TIMEOUT}
 """
 
 
-def full(count):
-    """5 in the usual run, `count` in the long one."""
-    return [pytest.param(number, marks=() if number < 5 else pytest.mark.long) for number in range(count)]
+def full(count, usual=5):
+    """`usual` of them in the usual run, `count` in the long one."""
+    return [pytest.param(number, marks=() if number < usual else pytest.mark.long) for number in range(count)]
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_a_dead_rank_is_said_where_the_run_is_to_end(place, fault_tolerant):
 # ---- two failures at once -------------------------------------------------------------------------------------------
 
 @needs_ulfm
-@pytest.mark.parametrize("number", full(20))
+@pytest.mark.parametrize("number", full(20, usual=3))
 def test_a_rank_raises_while_another_dies(place, fault_tolerant, number):
     """All end with the code of the one that raised, and its reason."""
     draw, on_failure = random.Random(number), ("end", "continue")[number % 2]
@@ -173,7 +173,7 @@ def test_a_rank_raises_while_another_dies(place, fault_tolerant, number):
 
 
 @needs_ulfm
-@pytest.mark.parametrize("number", full(20))
+@pytest.mark.parametrize("number", full(20, usual=3))
 def test_a_rank_stands_still_while_another_dies(place, fault_tolerant, number):
     """It is named, and all are gone within the time-out and 5 s. Where the others wait for it they may not have heard of the death."""
     draw, on_failure = random.Random(number), ("end", "continue")[number % 2]
@@ -184,6 +184,22 @@ def test_a_rank_stands_still_while_another_dies(place, fault_tolerant, number):
     found = json.loads((place / "runs" / name / "status.json").read_text())
     assert (found["state"], found["exit"]) == ("failed", 77) and found["rank"] in (still, dies), done.text
     assert done.code == 77 and f"rank {still} (node " in found["reason"] and end - time_of_fault(done) < 2 + 5 and gone(place), done.text
+
+
+@needs_ulfm
+def test_a_second_rank_dies_while_ranks_meet(place, fault_tolerant, whole):
+    done, _ = train(place, "meeting", "forward:1:23:kill,meet:3:*:kill", "run.on_failure=continue", "mesh.zero=0", *DOUBLE)
+    assert finished(place, "meeting", whole, done)[0]["ranks"] == 2 and "ranks 1, 3 (node " in done.text
+
+
+@needs_ulfm
+@pytest.mark.parametrize("fault, code, reason", [("meet:0:*:exception", 1, "RuntimeError: a fault on purpose"), ("meet:3:*:stop", 77, "rank 3 (node ")], ids=str)
+def test_a_rank_fails_while_ranks_meet(place, fault_tolerant, fault, code, reason):
+    name = f"meeting-{code}"
+    done, end = train(place, name, f"forward:1:20:kill,{fault}", "run.on_failure=continue", *DOUBLE, "run.hang_timeout=2")
+    found = json.loads((place / "runs" / name / "status.json").read_text())
+    assert (done.code, found["state"], found["exit"], found["rank"]) == (code, "failed", code, int(fault[5])) and reason in found["reason"], done.text
+    assert end - time_of_fault(done) < 2 + 5 and gone(place)
 
 
 @needs_ulfm
@@ -289,6 +305,7 @@ class Weights:
 @pytest.mark.parametrize("second, seen", [("never", [3]), ("before", [3, 3]), ("after", [3, 5])])
 def test_the_memory_of_before_is_given_back_when_it_was_taken_over(monkeypatch, second, seen):
     monkeypatch.setattr(ending, "bears_deaths", lambda group: True)
+    monkeypatch.setattr(recovery.comm, "set_world", lambda group: None)
     monkeypatch.setattr(recovery, "recover", lambda life, group, state, error: recovery.Recovered(group, SIZES, state, state.step, ""))
     life = FakeLife(second)
     assert recovery.run(life, SIZES, types.SimpleNamespace(size=2, rank=0)) == 0 and life.seen == seen

@@ -63,13 +63,13 @@ def variants_of(path):
 def cases_of(path, whole):
     """(type, architecture, macros) to compile: all variants for the first type on `whole` architectures, else the first and the last one.
 
-    Without `whole` types other than bfloat16 on one architecture, by turns.
+    Without `whole` types other than bfloat16 on one architecture, by turns, and the last variant only.
     """
     types, variants = types_of(path), variants_of(path)
     few = variants[:1] + variants[1:][-1:]
     others = {dtype: OTHERS if whole else [OTHERS[turn % 2]] for turn, dtype in enumerate(types)}
     return [(dtype, arch, defines) for dtype in types for arch in ARCHITECTURES.get(dtype, others[dtype])
-            for defines in (variants if dtype == types[0] and arch in whole else few)]
+            for defines in (variants if dtype == types[0] and arch in whole else few if whole or dtype in ARCHITECTURES else few[-1:])]
 
 
 def local_memory(log):
