@@ -110,7 +110,7 @@ def ended_by(error):
         group = None
     if isinstance(error, SystemExit) and not ending.code_of(error):
         return 0
-    if ending.bears_deaths(group):
+    if group is not None and group.bears_deaths:
         return ending.end_together(error, group)
     if isinstance(error, UserError):
         return ending.refuse(error, group)

@@ -31,13 +31,14 @@ import numpy as np
 
 from ..config import UserError
 from .journal import JOURNAL
-from .launcher import bears_deaths, cannot_join, cut_short, launched, loaded_libraries, lone_rank, rank, started
+from .launcher import cannot_join, cut_short, fault_tolerant, launched, loaded_libraries, lone_rank, rank, started
 from .pending import Pending
 from .slab import cut
 
 MAX_COUNT = 2**30           # elements of one MPI call
 LATER = 1.0                 # seconds
 GROUPS = []                 # all that were made, for the day on which a rank dies (ulfm.py)
+_world = None               # group of all ranks, once it was asked for
 FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of started calls (MPI guarantees tags up to 32767)
 
 
@@ -78,7 +79,7 @@ def chunks(array, most=MAX_COUNT):
 
 class Solo:
     """The group of one rank: every method of `Group`, no MPI."""
-    rank, size, handle, name, journal = 0, 1, None, "one rank", JOURNAL
+    rank, size, handle, name, journal, bears_deaths = 0, 1, None, "one rank", JOURNAL, False
     empty = staticmethod(np.empty)
 
     def _begin(self, operation, x):
@@ -154,15 +155,17 @@ class Group:
     ----------
     message_bytes : int or None
         The most bytes of a message between two ranks: where some of the ranks have GPUs, all must cut alike.
+    bears_deaths : bool
+        Whether the others can go on when a rank dies (ulfm.py).
     """
     empty = staticmethod(np.empty)
-    message_bytes, _bears_deaths = None, False
+    message_bytes, bears_deaths = None, False
 
     def __init__(self, handle, name="world"):
         from mpi4py import MPI
         self.mpi, self.handle, self.name, self.journal = MPI, handle, name, JOURNAL
         GROUPS.append(self)
-        self.rank, self.size, self._tag, self._bears_deaths = handle.Get_rank(), handle.Get_size(), FIRST_TAG, bears_deaths()
+        self.rank, self.size, self._tag, self.bears_deaths = handle.Get_rank(), handle.Get_size(), FIRST_TAG, fault_tolerant()
 
     def _begin(self, operation, array, sent=0, detail=None, peer="", expected=None):
         return self.journal.enter(self, operation, array, sent, detail, peer, expected)
@@ -170,7 +173,7 @@ class Group:
     def _done(self, call):
         """After a collective of MPI's own: where a death cuts it short, Open MPI 5.0.11 may tell of success without having filled the array."""
         call.done()
-        if self._bears_deaths and cut_short(self.handle):
+        if self.bears_deaths and cut_short(self.handle):
             raise self.mpi.Exception(self.mpi.ERR_REVOKED)
 
     def _messages(self, x):
@@ -451,9 +454,6 @@ class Group:
         return np.concatenate([out[end - size:end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes)], joined_dim)
 
 
-_world = None
-
-
 def world():
     """The group of all ranks of this job; a Solo, without MPI, where no launcher started several."""
     global _world
@@ -463,7 +463,7 @@ def world():
             MPI = start_mpi()
             if MPI.COMM_WORLD.Get_size() > 1:
                 _world = Group(MPI.COMM_WORLD)
-                if bears_deaths():      # a revocation would crash a rank that is still in MPI_Init (Open MPI 5.0.11)
+                if _world.bears_deaths:     # a revocation would crash a rank that is still in MPI_Init (Open MPI 5.0.11)
                     _world.handle.Barrier()
             elif started()[0] > 1:
                 refuse_lone_rank(MPI.Get_library_version())

@@ -53,15 +53,17 @@ def started(environ=os.environ):
     return first_number(["PMI_SIZE"], environ) or 1, "mpiexec"
 
 
-def bears_deaths(environ=os.environ):
+def fault_tolerant(environ=os.environ):
     """Whether this job was started with fault tolerance (ulfm.py)."""
     return environ.get("OMPI_MCA_mpi_ft_enable", "0").lower() in ("1", "true", "yes")
 
 
 def cut_short(handle):
     """Whether a rank of the communicator is known to have died, or another one has revoked it."""
-    if not handle or handle.Is_revoked():
-        return bool(handle)
+    if not handle:      # it was freed
+        return False
+    if handle.Is_revoked():
+        return True
     failed = handle.Get_failed()
     size = failed.Get_size()
     if size:

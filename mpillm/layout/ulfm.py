@@ -22,7 +22,7 @@ import signal
 from typing import NamedTuple
 
 from . import comm
-from .launcher import bears_deaths, cut_short
+from .launcher import cut_short
 from .record import AGREE
 
 COMMAND = "mpirun --with-ft ulfm"
@@ -103,7 +103,7 @@ def _revoke_all():
 
 def check_all(group):
     """Raises Met on all ranks where one died or ends the job. Collective over those that live."""
-    if group.size > 1 and bears_deaths():
+    if group.bears_deaths:
         met = meet(group)
         if met != (False, None):
             raise Met(*met)

@@ -176,14 +176,6 @@ class RanksDied(RuntimeError):
     """The end of a job of which ranks died, in one line for people."""
 
 
-def bears_deaths(group):
-    """Whether a job of these ranks is one of ULFM."""
-    if group is None or group.size == 1:
-        return False
-    from ..layout import launcher
-    return launcher.bears_deaths()
-
-
 def settle(error, group):
     """What the ranks that live agree on after `error` on this one: an ulfm.Verdict. Collective over those."""
     from ..config import UserError

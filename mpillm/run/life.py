@@ -73,6 +73,7 @@ class Life:
             self.training = Training(session, self.directory, TrainingData(self.job, recovered.group), metrics, progress, self.stop)
             recovery.take_over(self.training, recovered, began)
             launch.moments.clear()      # of a start that was told
+            self.training.make_up()
             return self._run()
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ def check(job, group):
     """Refuses a job that is to go on where that cannot be."""
     if job.run.on_failure != "continue" or group.size == 1:
         return
-    if not ending.bears_deaths(group):
+    if not group.bears_deaths:
         raise UserError(f'run.on_failure = "continue": this MPI was not started with fault tolerance; start with `{ulfm.COMMAND}` of Open MPI 5, or set it to "end"')
     if job.communication.transport == "nccl":
         raise UserError('run.on_failure = "continue" with communication.transport = "nccl": NCCL cannot go on without a rank; use "staged" or "cuda_aware"')
@@ -163,7 +163,7 @@ def _newest_state(life, recovered, group, sizes):
 
 def run(life, sizes, group):
     """Lets a Life train until it comes to an end, without the ranks that die meanwhile; the exit code. Collective."""
-    if not ending.bears_deaths(group):
+    if not group.bears_deaths:
         return life.first(group, sizes)
     recovered = None
     while True:
@@ -213,5 +213,3 @@ def take_over(training, recovered, began):
     nodes = training.group.size
     training.progress.note(f"{recovered.line}; went on with {nodes} rank{'s, numbered anew,' * (nodes > 1)} from {source} after {time.monotonic() - began:.2f} s")
     training.metrics.event("went on", step=training.step, ranks=nodes, source="memory" if old else "checkpoint", seconds=time.monotonic() - began, reason=recovered.line)
-    if old is not None:
-        training.make_up()

@@ -136,6 +136,7 @@ class Training:
         gather_loaded(self.model, self.loaded, moments=True)
         self.trainer.loss_scale = self.trainer.loss_scale.resumed(checkpoint.manifest.get("loss_scale"))
         self.step = self.saved_step = checkpoint.step
+        self.validated_step = checkpoint.step       # validation comes before the checkpoint
 
     def _resume(self, checkpoint):
         self._take(checkpoint)
@@ -182,21 +183,20 @@ class Training:
 
     def _between_steps(self, stopping, skipped, wished):
         """Validation and checkpoint where they are due or wished; the last ones belong to the end of the run."""
-        train, every = self.job.train, self.job.checkpoint.every
-        if self.step < train.steps and not stopping and train.evaluate_every and self.step % train.evaluate_every == 0:
+        train = self.job.train
+        if self.step < train.steps and not stopping and self._due(train.evaluate_every, self.validated_step):
             self.validate()
-        if (wished and not stopping or every and self.step % every == 0) and not skipped:     # numbers that went wrong must not push out good ones
+        if (wished and not stopping or self._due(self.job.checkpoint.every, self.saved_step)) and not skipped:     # numbers that went wrong must not push out good ones
             self.try_save()
+
+    def _due(self, every, last):
+        """Whether what is done after `every` steps, and was after step `last`, is to be done after this one."""
+        return every and self.step % every == 0 and self.step != last
 
     def make_up(self):
         """After a death: the validation and the checkpoint that the others had not come to after their last step."""
-        train, every = self.job.train, self.job.checkpoint.every
-        if not self.step or self.health.in_a_row or self.step >= train.steps:
-            return
-        if train.evaluate_every and self.step % train.evaluate_every == 0 and self.validated_step != self.step:
-            self.validate()
-        if every and self.step % every == 0 and self.saved_step != self.step:
-            self.try_save()
+        if self.step:
+            self._between_steps(stopping=False, skipped=self.health.in_a_row > 0, wished=False)
 
     def _end(self, code, reason):
         """Says and records how the run ended."""

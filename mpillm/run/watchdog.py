@@ -142,7 +142,7 @@ class Watchdog:
         self.record.limit(self.limits.enter(phase, now))
 
     def __exit__(self, kind, error, trace):
-        if kind is None or not ending.bears_deaths(self.group):
+        if kind is None or not self.group.bears_deaths:
             self.close()
 
     def close(self):

@@ -18,7 +18,7 @@ import pytest
 from command_runs import environment, launcher, run
 from test_faults import JOB, full, gone, time_of_fault, train
 
-from mpillm.run import ending, recovery
+from mpillm.run import recovery
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
 
@@ -304,11 +304,10 @@ class Weights:
 
 @pytest.mark.parametrize("second, seen", [("never", [3]), ("before", [3, 3]), ("after", [3, 5])])
 def test_the_memory_of_before_is_given_back_when_it_was_taken_over(monkeypatch, second, seen):
-    monkeypatch.setattr(ending, "bears_deaths", lambda group: True)
     monkeypatch.setattr(recovery.comm, "set_world", lambda group: None)
     monkeypatch.setattr(recovery, "recover", lambda life, group, state, error: recovery.Recovered(group, SIZES, state, state.step, ""))
     life = FakeLife(second)
-    assert recovery.run(life, SIZES, types.SimpleNamespace(size=2, rank=0)) == 0 and life.seen == seen
+    assert recovery.run(life, SIZES, types.SimpleNamespace(size=2, rank=0, bears_deaths=True)) == 0 and life.seen == seen
 
 
 # ---- what is agreed upon --------------------------------------------------------------------------------------------
