@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment with the test extras, then runs the tests: those on one rank, two at a time, beside those with a real Slurm;
-# those of runs that fail; those marked `ranks` under mpirun on 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8
+# those of how soon runs end; those marked `ranks` under mpirun on 2, 3 and 4 ranks (tests/conftest.py), the matrix of layouts on 6 and 8
 # too. The last line is "N passed, N failed"; the names of those that failed come before it.
 #   tests/run.sh [--long] [--no-peers] [--ranks "2 3 4"] [--mpi openmpi|mpich|site] [PATH...]
 #     --long       the counted proofs too

@@ -109,7 +109,9 @@ def summary(ranks, num_ranks):
     missing = sorted(set(range(num_ranks)) - set(by_rank))
     if missing:
         parts.insert(0, f"no word from the node of {ranks_text(missing)}")
-    parts += [f"{ranks_text(gone)} is no more"] if (gone := [r["rank"] for r in ranks if r["gone"] and r["rank"] not in guilty]) else []
+    gone = [r["rank"] for r in ranks if r["gone"] and r["rank"] not in guilty]
+    if gone:
+        parts.append(f"{ranks_text(gone)} {'are' if len(gone) > 1 else 'is'} no more")
     parts += _waiting([r for r in ranks if r["rank"] not in guilty + gone])[:4]
     return "; ".join(parts)
 
