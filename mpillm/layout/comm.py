@@ -31,32 +31,15 @@ import numpy as np
 
 from ..config import UserError
 from .journal import JOURNAL
-from .launcher import cannot_join, cut_short, fault_tolerant, launched, loaded_libraries, lone_rank, rank, started
+from .launcher import cannot_join, fault_tolerant, launched, loaded_libraries, lone_rank, rank, started
 from .pending import Pending
-from .slab import cut
+from .slab import cut, extent, in_messages, ranges_of
 
 MAX_COUNT = 2**30           # elements of one MPI call
 LATER = 1.0                 # seconds
 GROUPS = []                 # all that were made, for the day on which a rank dies (ulfm.py)
 _world = None               # group of all ranks, once it was asked for
 FIRST_TAG, NUM_TAGS = 1000, 30000   # of the messages of started calls (MPI guarantees tags up to 32767)
-
-
-def ranges_of(counts):
-    """What each rank has of a flat array, as `reduce_scatter_start` takes it: rank -> [(start, stop)]."""
-    ends = np.cumsum(counts).tolist()
-    return lambda rank: [(ends[rank] - counts[rank], ends[rank])]
-
-
-def extent(ranges):
-    """Elements of a list of ranges."""
-    return sum(stop - start for start, stop in ranges)
-
-
-def in_messages(flat, ranges):
-    """The packed array of `ranges` as the pieces in which it arrives, one a range."""
-    ends = np.cumsum([stop - start for start, stop in ranges]).tolist()
-    return [flat[end - stop + start:end] for end, (start, stop) in zip(ends, ranges)]
 
 
 def is_half(array):
@@ -75,6 +58,19 @@ def chunks(array, most=MAX_COUNT):
     if not np.shares_memory(flat, array) and array.size:
         raise ValueError("communication needs a contiguous array")
     return [flat[start:start + most] for start in range(0, flat.size, most)]
+
+
+def cut_short(handle):
+    """Whether a rank of the communicator is known to have died, or another one has revoked it."""
+    if not handle:      # it was freed
+        return False
+    if handle.Is_revoked():
+        return True
+    failed = handle.Get_failed()
+    size = failed.Get_size()
+    if size:
+        failed.Free()
+    return size > 0
 
 
 class Solo:
@@ -474,6 +470,7 @@ def set_world(group):
     """After ranks were lost: from now on these are all ranks."""
     global _world
     _world = group
+    GROUPS[:] = [group] if group is not None and group.handle is not None else []       # those that it was made from hold the dead
 
 
 def start_mpi():

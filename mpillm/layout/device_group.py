@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from .comm import Group, extent, in_messages, is_half, ranges_of
+from .comm import Group, is_half
 from .pending import Pending
-from .slab import cut
+from .slab import cut, extent, in_messages, ranges_of
 
 
 class PendingOnDevice(Pending):

@@ -58,19 +58,6 @@ def fault_tolerant(environ=os.environ):
     return environ.get("OMPI_MCA_mpi_ft_enable", "0").lower() in ("1", "true", "yes")
 
 
-def cut_short(handle):
-    """Whether a rank of the communicator is known to have died, or another one has revoked it."""
-    if not handle:      # it was freed
-        return False
-    if handle.Is_revoked():
-        return True
-    failed = handle.Get_failed()
-    size = failed.Get_size()
-    if size:
-        failed.Free()
-    return size > 0
-
-
 def short_library(version):
     """The name of an MPI library as MPI_Get_library_version has it, on one line: "Open MPI v5.0.11"."""
     line = " ".join(version.replace("\0", "").split("\n")[0].split(",")[0].split())

@@ -86,3 +86,20 @@ def token_ranges(length, parts, index, form="ring"):
     if form == "ulysses":
         return (cut(length, parts, index),)
     return cut(length, 2 * parts, index), cut(length, 2 * parts, 2 * parts - 1 - index)
+
+
+def ranges_of(counts):
+    """What each rank has of a flat array, as `reduce_scatter_start` takes it: rank -> [(start, stop)]."""
+    ends = np.cumsum(counts).tolist()
+    return lambda rank: [(ends[rank] - counts[rank], ends[rank])]
+
+
+def extent(ranges):
+    """Elements of a list of ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def in_messages(flat, ranges):
+    """The packed array of `ranges` as the pieces in which it arrives, one a range."""
+    ends = np.cumsum([stop - start for start, stop in ranges]).tolist()
+    return [flat[end - stop + start:end] for end, (start, stop) in zip(ends, ranges)]

@@ -22,11 +22,11 @@ import signal
 from typing import NamedTuple
 
 from . import comm
-from .launcher import cut_short
 from .record import AGREE
 
 COMMAND = "mpirun --with-ft ulfm"
-CODE, WELL, STAYS = 0xFF, 0x100, 0x200     # of what ranks agree on bit by bit: an exit code, no death was seen, no rank ends the job
+# What ranks agree on bit by bit ("and"): an exit code and its complement, which shows whether codes differ; no death was seen; no rank ends the job.
+CODE, COMPLEMENT, WELL, STAYS = 0xFF, 0xFF00, 0x10000, 0x20000
 PATIENCE = 10.0             # seconds that a rank waits for the others to end with it, where no monitor watches over that
 HEAD_START = 1.0            # seconds that the others have before rank 0 exits
 
@@ -54,7 +54,7 @@ def is_failure(error):
     if not isinstance(error, MPI.Exception):
         return False
     return error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED) or any(
-        cut_short(group.handle) for group in comm.GROUPS)       # what is cut short may fail by any class: ERR_OTHER, seen in a barrier
+        comm.cut_short(group.handle) for group in comm.GROUPS)       # what is cut short may fail by any class: ERR_OTHER, seen in a barrier
 
 
 def meet(group, saw_death=False, code=None):
@@ -70,15 +70,11 @@ def meet(group, saw_death=False, code=None):
 
     Returns
     -------
-    (bool, int or None): whether a rank died or some rank saw an error of that kind, and the exit code where a rank ends the job; after a
-    death that nobody knew of yet (True, None) whatever ranks said. The same on all ranks.
+    (bool, int or None): whether a rank died or some rank saw an error of that kind, and the exit code where a rank ends the job (1 where
+    ranks have different ones); after a death that nobody knew of yet (True, None) whatever ranks said. The same on all ranks.
     """
     from mpi4py import MPI
-    flags = CODE | WELL | STAYS
-    if saw_death:
-        flags &= ~WELL
-    if code is not None:
-        flags = flags & ~(CODE | STAYS) | code & CODE
+    flags = _flags(saw_death, code)
     if saw_death or code is not None:
         _revoke_all()
     call = group._begin(AGREE, None)
@@ -90,7 +86,19 @@ def meet(group, saw_death=False, code=None):
         return True, None
     finally:
         call.done()
-    return not flags & WELL, None if flags & STAYS else flags & CODE or 1      # several codes: some failure
+    return _read(flags)
+
+
+def _flags(saw_death, code):
+    """What one rank says, as bits that are combined by "and"."""
+    ends = STAYS | CODE | COMPLEMENT if code is None else code & CODE | (~code & CODE) << 8
+    return ends if saw_death else ends | WELL
+
+
+def _read(flags):
+    """What all have said: the result of `meet`."""
+    same = flags & CODE ^ flags >> 8 & CODE == CODE
+    return not flags & WELL, None if flags & STAYS else same and flags & CODE or 1
 
 
 def _revoke_all():
@@ -137,6 +145,15 @@ def settle(group, code=None, text=None, met=None):
             alive = survivors(alive)
     verdict = Verdict(alive, ends, _speaks(alive, text))
     return verdict
+
+
+def missing(world, alive):
+    """Ranks of `world` that are not in the group `alive` of those that live."""
+    before, after = world.handle.Get_group(), alive.handle.Get_group()
+    places = after.Translate_ranks(list(range(alive.size)), before)
+    for group in (before, after):
+        group.Free()
+    return sorted(set(range(world.size)) - set(places))
 
 
 def _speaks(alive, text):

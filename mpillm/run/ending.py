@@ -189,14 +189,19 @@ def settle(error, group):
 def end_together(error, group):
     """The exit code with which all ranks end by `error` of this one. Collective over those that live, unless they have settled it before."""
     from ..layout import ulfm
+    from .hang import ranks_text
     verdict, said = ulfm.verdict, []
     words, mine = _words(error, group.rank), not ulfm.is_failure(error)
     if verdict is None:
         with ulfm.limited(group.rank), _after(ulfm.PATIENCE / 2, lambda: said.append(say(words)) if mine else None):
-            verdict = settle(error, group)
-            if verdict.code is None:
-                words = f"mpillm: a rank died: {error}\n"
-                verdict = settle(RanksDied("a rank died"), verdict.alive)
+            try:
+                verdict = settle(error, group)
+                if verdict.code is None:
+                    died = RanksDied(f"{ranks_text(ulfm.missing(group, verdict.alive))} died")
+                    words, verdict = _words(died, group.rank), settle(died, verdict.alive)
+            except Exception as trouble:    # MPI itself is in disorder: the others wait as long as they may, and end too
+                say(f"{words}mpillm: rank {group.rank}: while ending: {trouble}\n")
+                os._exit(code_of(error) or FAILED)
     if verdict.speaks and not said:
         say(words)
     return verdict.code

@@ -3,7 +3,7 @@
 import contextlib
 
 from ..config import job_to_toml
-from ..layout import ulfm
+from ..layout import comm, ulfm
 from ..layout.journal import JOURNAL
 from ..layout.mesh import Mesh
 from . import launch, recovery
@@ -79,11 +79,11 @@ class Life:
     @contextlib.contextmanager
     def _watched(self, group):
         """What is around a Training of these ranks, which end it together where one that dies can be borne."""
-        with Progress(group, self.directory.file("log.txt")) as progress, Metrics(self.directory.file("metrics.jsonl"), group) as metrics, \
-                Watchdog(group, self.directory, self.stop, self.job.run.hang_timeout) as self.watchdog:
-            yield progress, metrics
-            JOURNAL.phase("meet")
-            ulfm.check_all(group)
+        with Watchdog(group, self.directory, self.stop, self.job.run.hang_timeout) as self.watchdog:
+            with Progress(group, self.directory.file("log.txt")) as progress, Metrics(self.directory.file("metrics.jsonl"), group) as metrics:
+                yield progress, metrics
+            JOURNAL.phase("meet")       # a file that cannot be closed is a failure too
+            ulfm.check_all(comm.world())
 
     def unwatch(self):
         """Ends the watch over ranks that have met after a failure."""

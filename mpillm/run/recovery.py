@@ -55,9 +55,9 @@ class State:
         return ranks_text(ranks) + (f" (node{'s' * (len(nodes) > 1)} {', '.join(nodes[:NAMED])}{', ...' * (len(nodes) > NAMED)})" if nodes else "")
 
     def replica(self, rank):
-        """What the ranks of a replica share, and the place of a rank in it."""
+        """What the ranks of a replica share, and what else tells which part of the model a rank has: its place in it, and its experts."""
         coords = coordinates(self.sizes, rank)
-        return coords["dp"], tuple(coords[axis] for axis in AXES if axis != "dp")
+        return coords["dp"], tuple(coords[axis] for axis in (*AXES, "ep") if axis != "dp")
 
 
 def complete_replicas(state, alive):
@@ -69,9 +69,11 @@ def complete_replicas(state, alive):
     return sorted(rank for ranks in counts.values() if len(ranks) == size for rank in ranks)
 
 
-def common_step(state, described):
-    """The newest step of which every place in a replica has a copy in memory; None where there is none."""
-    if not all(each["whole"] for each in described):
+def common_step(state, described, sizes):
+    """The newest step of which memory has a copy of every part of the model on a rank that keeps it in a mesh of `sizes`; None where there is none."""
+    ranks = sorted(each["rank"] for each in described)
+    moved = any(coordinates(state.sizes, rank)["ep"] != coordinates(sizes, place)["ep"] for place, rank in enumerate(ranks))    # to other experts
+    if moved or not all(each["whole"] for each in described):
         return None
     steps = {}
     for each in described:
@@ -133,11 +135,14 @@ def _agreed(life, alive, state):
         raise SystemExit(code)
     described = alive.collect(state.described())
     old_ranks = [each["rank"] for each in described]
-    dead = state.named(sorted(set(range(num_ranks_of(state.sizes))) - set(old_ranks)))
+    missing = sorted(set(range(num_ranks_of(state.sizes))) - set(old_ranks))
+    if not missing:
+        raise RuntimeError("MPI tells of a rank that died, but all are there")
+    dead = state.named(missing)
     if life.job.run.on_failure != "continue":
         raise RanksDied(f"{dead} died; start again to go on from the last checkpoint")
     kept, sizes = what_is_left(life.job, state, old_ranks, dead)
-    step = common_step(state, [each for each in described if each["rank"] in kept])
+    step = common_step(state, [each for each in described if each["rank"] in kept], sizes)
     group = ulfm.regroup(alive, [place for place, rank in enumerate(old_ranks) if rank in kept])
     line = f"{dead} died" + (f" after step {max(each['step'] or 0 for each in described)}" if state.step is not None else "")
     return Recovered(group, sizes, state if step is not None else None, step, line)
@@ -176,13 +181,13 @@ def run(life, sizes, group):
             raise error
         JOURNAL.phase("meet")
         with contextlib.nullcontext() if life.watchdog else ulfm.limited(group.rank, UNWATCHED):
-            recovered = recover(life, group, _newest_state(life, recovered, group, sizes), error)
+            recovered = recover(life, comm.world(), _newest_state(life, recovered, group, sizes), error)
         if isinstance(recovered, int):
             return recovered
+        comm.set_world(recovered.group)     # now: who fails from here on has to meet those that go on
         life.directory.inherit(recovered.group)
         if recovered.group is None:
             ulfm.kill_self()
-        comm.set_world(recovered.group)
         life.unwatch()
         group, sizes, life.training, error = recovered.group, recovered.sizes, None, None
         life.stop.inherit(group)
@@ -207,7 +212,7 @@ def take_over(training, recovered, began):
                     new.ops.copy(array, kept)
                 if not all(good):
                     new.group.broadcast(array, good.index(True))
-        ulfm.check_all(training.group)      # on all or on none, for the ranks of the old state have other numbers
+        ulfm.check_all(comm.world())        # on all or on none, for the ranks of the old state have other numbers
         recovered.state = None              # gives the memory of what was before back
         source = f"memory, step {training.step}"
     nodes = training.group.size

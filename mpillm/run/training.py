@@ -63,6 +63,7 @@ class Training:
         self.changes = []                   # lines of every resume that changed the job
         self.loaded = None                  # entries of the checkpoint that is read
         self.ready = False                  # weights, samples and counters are there
+        self.skipped = False                # the last step: its numbers were not finite
         self.account = Account(session, metrics, progress)
         self.health = Health(self)
 
@@ -90,13 +91,13 @@ class Training:
     def facts(self):
         """JSON-able: all of the state but tensors, as of the last step done."""
         return {"step": self.step, "saved_step": self.saved_step, "validated_step": self.validated_step, "samples": self.samples, "tokens": self.tokens, "changes": self.changes,
-                "usual_losses": list(self.health.spikes.losses), "counts": self.health.counts(), "loss_scale": list(self.trainer.loss_scale[:2]),
+                "skipped": self.skipped, "usual_losses": list(self.health.spikes.losses), "counts": self.health.counts(), "loss_scale": list(self.trainer.loss_scale[:2]),
                 "cursor": self.source.cursor_after(self.samples)}
 
     def adopt(self, facts):
         """Goes on where `facts` of another Training stood; the tensors are the caller's matter."""
         self.step, self.saved_step, self.validated_step, self.samples = (facts[key] for key in ("step", "saved_step", "validated_step", "samples"))
-        self.tokens, self.changes = facts["tokens"], facts["changes"]
+        self.tokens, self.changes, self.skipped = facts["tokens"], facts["changes"], facts["skipped"]
         self.trainer.loss_scale = self.trainer.loss_scale.resumed(facts["loss_scale"])
         self.source = Continued(self.data.batches(facts["cursor"]))
         self.health.spikes.resume(facts["usual_losses"])
@@ -125,11 +126,12 @@ class Training:
 
     def go_back(self):
         """To the newest checkpoint of this run, while the samples go on from here; its step, None where there is none. Collective."""
+        self.ready = False      # until all is loaded: memory is of no step
         checkpoint = load_newest(self.directory.checkpoints, self._entries_for, self.group, self.ops.host, self.progress.note)
-        if checkpoint is None:
-            return None
-        self._take(checkpoint)
-        return checkpoint.step
+        if checkpoint is not None:
+            self._take(checkpoint)
+        self.ready = True
+        return checkpoint and checkpoint.step
 
     def _take(self, checkpoint):
         """The loaded weights, moments, step and loss scale of a checkpoint."""
@@ -179,14 +181,14 @@ class Training:
             result = self._one_step()
             stopping = result.flags[0] > 0
             if not self.health.after_step(result):
-                self._between_steps(stopping, result.skipped, result.flags[1] > 0)
+                self._between_steps(stopping, result.flags[1] > 0)
 
-    def _between_steps(self, stopping, skipped, wished):
+    def _between_steps(self, stopping=False, wished=False):
         """Validation and checkpoint where they are due or wished; the last ones belong to the end of the run."""
         train = self.job.train
         if self.step < train.steps and not stopping and self._due(train.evaluate_every, self.validated_step):
             self.validate()
-        if (wished and not stopping or self._due(self.job.checkpoint.every, self.saved_step)) and not skipped:     # numbers that went wrong must not push out good ones
+        if (wished and not stopping or self._due(self.job.checkpoint.every, self.saved_step)) and not self.skipped:    # numbers that went wrong must not push out good ones
             self.try_save()
 
     def _due(self, every, last):
@@ -196,7 +198,7 @@ class Training:
     def make_up(self):
         """After a death: the validation and the checkpoint that the others had not come to after their last step."""
         if self.step:
-            self._between_steps(stopping=False, skipped=self.health.in_a_row > 0, wished=False)
+            self._between_steps()
 
     def _end(self, code, reason):
         """Says and records how the run ended."""
@@ -213,7 +215,7 @@ class Training:
         self.account.begin()
         result = self.trainer.train_step(self.step + 1, self.source, self.samples, self.stop.wishes)
         JOURNAL.phase("between")
-        self.step += 1
+        self.step, self.skipped = self.step + 1, result.skipped
         self.samples += self.job.train.batch
         self.tokens += self.job.train.batch * self.job.model.context
         self.account.end(self.step, self.tokens, result)

@@ -52,16 +52,19 @@ class Limits:
 
     def enter(self, phase, now):
         """A phase begins; returns the seconds that it may be without progress."""
-        if self.phase not in IN_STEP:
-            self._took(self.phase, now - self.began)
+        before, self.phase = self.phase, phase
+        if phase == "meet":         # what was cut short tells nothing of how long it takes
+            return max(self.of(before), self.of(phase))
+        if before not in IN_STEP:
+            self._took(before, now - self.began)
+        self.began = now
         if phase == "data":
             self.step_began = now
         elif phase == "between" and self.step_began is not None:
             self.steps += 1
             if self.steps > FIRST_STEPS:
                 self._took("step", now - self.step_began)
-        before, self.phase, self.began = self.phase, phase, now
-        return self.of(phase) if phase != "meet" else max(self.of(before), self.of(phase))
+        return self.of(phase)
 
     def _took(self, phase, seconds):
         self.longest[phase] = max(self.longest.get(phase, 0.0), seconds)

@@ -6,7 +6,8 @@ import pytest
 
 from comm_cases import DTYPES, HALVES, lengths, numbers, of_all, uneven
 from mpillm.layout import comm
-from mpillm.layout.comm import Group, Solo, extent, in_messages, ranges_of
+from mpillm.layout.comm import Group, Solo
+from mpillm.layout.slab import extent, in_messages, ranges_of
 from mpillm.layout.slab import cut
 
 pytestmark = pytest.mark.ranks

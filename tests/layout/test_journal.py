@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpillm.layout.comm import Group, Solo, ranges_of
+from mpillm.layout.comm import Group, Solo
+from mpillm.layout.slab import ranges_of
 from mpillm.layout.journal import JOURNAL, RECORD_LENGTH, Journal, Traffic, ledger_table
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mpillm.backend.shapes import Shapes
-from mpillm.layout.comm import Group, ranges_of
+from mpillm.layout.comm import Group
+from mpillm.layout.slab import ranges_of
 from mpillm.layout.journal import JOURNAL, Journal
 from mpillm.layout.planned import Planned
 from mpillm.layout.slab import cut

@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.backend import open_backend
 from mpillm.layout import transport as transports
-from mpillm.layout.comm import ranges_of
+from mpillm.layout.slab import ranges_of
 from mpillm.layout.slab import cut
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "backend/cuda"))

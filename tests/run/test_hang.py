@@ -109,6 +109,14 @@ def test_limits_are_learned_from_the_steps():
     assert limits.of("forward") == FACTOR * 25       # the save between two steps is no step
 
 
+def test_ranks_that_meet_wait_as_long_as_for_what_was_cut_short():
+    limits = Limits(None)
+    found, now = walk(limits, [*STEP, *STEP, *STEP, ("save", 10), ("meet", 1)])
+    assert found[-1] == UNKNOWN and limits.of("save") == UNKNOWN        # of which nobody knows how long it takes
+    found, _ = walk(limits, [*STEP, ("save", 300), ("between", 0), ("forward", 1), ("meet", 1)], now)
+    assert found[-1] == limits.of("forward")
+
+
 def test_a_limit_of_the_user_holds_in_steps_and_leaves_slow_parts_ten_times_as_long():
     limits = Limits(3.0)
     found, now = walk(limits, [("load", 1), *STEP])

@@ -3,8 +3,10 @@
 5 kills of random ranks at random moments here, 20 with `tests/run.sh --long`. Needs Open MPI 5 (`mpirun --with-ft ulfm`).
 """
 
+import functools
 import gc
 import json
+import operator
 import random
 import re
 import subprocess
@@ -18,7 +20,8 @@ import pytest
 from command_runs import environment, launcher, run
 from test_faults import JOB, full, gone, time_of_fault, train
 
-from mpillm.run import recovery
+from mpillm.layout import ulfm
+from mpillm.run import recovery, training
 from mpillm.run.metrics import read_metrics
 from mpillm.run.recovery import State, common_step, complete_replicas
 
@@ -126,6 +129,18 @@ def test_experts_that_the_replicas_left_cannot_share_end_the_run(place, fault_to
     found = json.loads((place / "runs" / "experts" / "status.json").read_text())
     assert done.code == 1 and found["state"] == "failed" and "ep=2 does not divide dp x cp = 3" in found["reason"], done.text
     assert not went_on(place, "experts")
+
+
+@needs_ulfm
+@pytest.mark.parametrize("dead", [pytest.param((0, 2), marks=pytest.mark.long), (0, 3)], ids=str)
+def test_ranks_that_get_other_experts_do_not_take_them_from_memory(place, fault_tolerant, dead):
+    """Of four replicas with two groups of experts, 1 and 3 had the same ones, 1 and 2 stand in another order now than before."""
+    moe = ("mesh.ep=2", "model.experts=4", "mesh.zero=0", *DOUBLE)
+    name = f"experts-{dead[1]}"
+    whole = run("train", "job.toml", f"run.name={name}-whole", *moe[1:], cwd=place)
+    assert whole.code == 0, whole.text
+    done, _ = train(place, name, ",".join(f"forward:{rank}:23:kill" for rank in dead), "run.on_failure=continue", *moe)
+    assert finished(place, name, losses(place, f"{name}-whole"), done)[0]["source"] == "checkpoint"
 
 
 @needs_ulfm
@@ -239,6 +254,86 @@ def test_ranks_do_not_wait_for_ever_for_one_that_computes(tmp_path, fault_tolera
     assert done.stderr.count("mpillm: error: x: found 1") == 1, done.stderr
 
 
+@needs_ulfm
+def test_a_dead_rank_is_named_where_there_is_no_run(tmp_path, fault_tolerant):
+    done, seconds = end_by(tmp_path, """
+    if group.rank == 2:
+        import os
+        os.kill(os.getpid(), 9)
+    group.barrier()
+""")
+    assert done.returncode == 1 and seconds < 5 and re.findall("mpillm: .*", done.stderr) == ["mpillm: rank 2 died"], done.stderr
+
+
+# What no fault point reaches: (patch of the program, arguments, fault, exit code, words). `rank` is that of the start.
+PATCHES = {
+    "the last of those that take over fails": ("""
+from mpillm.layout import comm, ulfm
+from mpillm.run import life, recovery
+life.connect = lambda group, *more: (comm.Group(group.handle.Dup(), group.name), "")     # as for GPUs
+check, take_over = ulfm.check_all, recovery.take_over
+def fail(group):
+    raise RuntimeError("too late") if rank == 3 else check(group)
+def take_over_and_fail(*arguments):
+    ulfm.check_all = lambda group: (setattr(ulfm, "check_all", check), fail(group))
+    take_over(*arguments)
+recovery.take_over = take_over_and_fail
+""", ("mesh.zero=0",), "forward:1:23:kill", 1, "RuntimeError: too late"),
+    "an error of MPI long after a death": ("""
+from mpi4py import MPI
+from mpillm.run.training import Training
+one_step = Training._one_step
+def fail(self):
+    if self.step == 45 and rank == 3:
+        raise MPI.Exception(MPI.ERR_TRUNCATE)
+    return one_step(self)
+Training._one_step = fail
+""", ("mesh.tp=2", "mesh.zero=0"), "forward:0:23:kill", 1, "MPI_ERR_TRUNCATE"),
+    "a file cannot be closed": ("""
+from mpillm.run.progress import Progress
+close = Progress.close
+def fail(self):
+    close(self)
+    if rank == 0:
+        raise OSError(28, "No space left on device")
+Progress.close = fail
+""", (), "", 1, "No space left on device"),
+    "the lock cannot be taken over": ("""
+from mpillm.run import lock
+def fail(*_):
+    raise OSError(28, "No space left on device")
+lock.adopt = fail
+""", ("mesh.zero=0",), "forward:0:23:kill", 1, "No space left on device"),
+    "a rank dies in a return for a spike": ("""
+from mpillm.run import spikes, training
+gather, is_one, found = training.gather_loaded, spikes.Spikes.is_one, []
+def find(self, loss):
+    return len(self.losses) == 25 and not found and (found.append(loss) or True) or is_one(self, loss)
+def die(*arguments, **more):
+    if len(found) == 1:
+        found.append(None)
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    gather(*arguments, **more)
+spikes.Spikes.is_one, training.gather_loaded = find, die
+""", ("mesh.zero=0",), "", 0, "from checkpoint of step 20"),
+}
+
+
+@needs_ulfm
+@pytest.mark.long
+@pytest.mark.parametrize("case", PATCHES)
+def test_deaths_and_failures_at_unlucky_moments(place, fault_tolerant, monkeypatch, case):
+    patch, overrides, fault, code, words = PATCHES[case]
+    (place / "patched.py").write_text(f"import os, signal, sys\nfrom mpillm import __main__\nrank = int(os.environ['OMPI_COMM_WORLD_RANK'])\n{patch}\nsys.exit(__main__.main())\n")
+    monkeypatch.setenv("MPILLM_FAULT", fault)
+    name = case.replace(" ", "-")
+    done = run("train", "job.toml", f"run.name={name}", "run.on_failure=continue", *overrides, *DOUBLE, cwd=place, ranks=4, program=("patched.py",))
+    found = json.loads((place / "runs" / name / "status.json").read_text())
+    assert (done.code, found["state"], found["exit"]) == (code, "failed" if code else "finished", code) and words in (found["reason"] if code else done.text), done.text
+    assert done.seconds < 20 and gone(place)
+
+
 def end_by(folder, body):
     """Four ranks of a command with that body, under ULFM; what it left, and the seconds that it took."""
     (folder / "command.py").write_text(f"""
@@ -329,7 +424,33 @@ def test_complete_replicas_are_kept():
 def test_the_newest_step_that_every_place_has_is_taken():
     def told(steps, whole=True):
         return [{"rank": rank, "step": step, "whole": whole} for rank, step in steps.items()]
-    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5, 2: 6, 3: 6, 8: 6, 9: 6})) == 6
-    assert common_step(state(), told({0: 6, 1: 5, 6: 5, 7: 5, 2: 5, 3: 6, 8: 6, 9: 6})) == 6
-    assert common_step(state(), told({0: 6, 1: 5, 6: 6, 7: 5})) is None          # one moved on, the other did not
-    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5}, whole=False)) is None
+    two, one = SIZES | {"dp": 2}, SIZES | {"dp": 1}
+    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5, 2: 6, 3: 6, 8: 6, 9: 6}), two) == 6
+    assert common_step(state(), told({0: 6, 1: 5, 6: 5, 7: 5, 2: 5, 3: 6, 8: 6, 9: 6}), two) == 6
+    assert common_step(state(), told({0: 6, 1: 5, 6: 6, 7: 5}), one) is None          # one moved on, the other did not
+    assert common_step(state(), told({0: 5, 1: 5, 6: 5, 7: 5}, whole=False), one) is None
+
+
+def test_experts_are_taken_from_ranks_that_keep_theirs():
+    sizes = {"pp": 1, "dp": 4, "cp": 1, "tp": 1, "ep": 2}
+    def step(steps):
+        return common_step(State(None, 0, sizes), [{"rank": rank, "step": step, "whole": True} for rank, step in steps.items()], sizes | {"dp": 2})
+    assert step({0: 5, 1: 5}) == step({2: 5, 3: 5}) == step({0: 5, 3: 5}) == 5
+    assert step({1: 5, 3: 5}) is step({1: 5, 2: 5}) is None
+    assert step({0: 5, 1: 6}) is None           # each has experts of its own
+
+
+@pytest.mark.parametrize("said, heard", [
+    ([(False, None)] * 3, (False, None)), ([(False, None), (True, None)], (True, None)), ([(False, 76), (False, None)], (False, 76)),
+    ([(False, 3), (True, None), (False, 3)], (True, 3)), ([(False, 3), (False, 130)], (False, 1)), ([(False, 255), (False, 0)], (False, 1)), ([(False, 0)], (False, 1))], ids=str)
+def test_what_ranks_agree_on_bit_by_bit(said, heard):
+    assert ulfm._read(functools.reduce(operator.and_, [ulfm._flags(*each) for each in said])) == heard
+
+
+def test_half_a_checkpoint_is_no_memory(monkeypatch):
+    """A rank that dies while all go back to a checkpoint leaves the others with weights of no step."""
+    run = types.SimpleNamespace(ready=True, directory=types.SimpleNamespace(checkpoints=None), group=None, ops=types.SimpleNamespace(host=None),
+                                progress=types.SimpleNamespace(note=None), _entries_for=None, _take=lambda checkpoint: seen.append(run.ready))
+    seen = []
+    monkeypatch.setattr(training, "load_newest", lambda *_: seen.append(run.ready) or types.SimpleNamespace(step=3))
+    assert training.Training.go_back(run) == 3 and seen == [False, False] and run.ready
