@@ -1,6 +1,7 @@
 """The command line of one rank: help, mistakes, and `mpillm inspect`."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -111,15 +112,24 @@ def token_file(tmp_path, capsys):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def make_checkpoint():
+    """Saves a checkpoint of a run directory; its tensors are 0, 1, 2, 3, 4 unless given."""
     from mpillm.backend import open_backend
     from mpillm.store.checkpoint import save
     from mpillm.store.hyperslab import Entry
-    entries = [Entry(f"{table}/norm.weight", (5,), Slab.whole((5,)), np.arange(5, dtype=np.float32))
-               for table in ("masters", "moment1", "moment2")]
-    manifest = {"kind": "state", "job": {"model": {"family": "llama", "layers": 2}}, "mesh": {"dp": 2, "tp": 1}, "samples": 64,
-                "tokenizer": "ab" * 32, "cursor": {"epoch": 0, "tokens": 4096}, "changes": []}
-    return save(tmp_path / "run" / "checkpoints", 7, entries, manifest, {"tokenizer.json": b"{}"}, Solo(), open_backend("cpu"))
+
+    def make(run_directory, step=7, tensors=None):
+        tensors = tensors or {f"{table}/norm.weight": np.arange(5, dtype=np.float32) for table in ("masters", "moment1", "moment2")}
+        entries = [Entry(name, array.shape, Slab.whole(array.shape), array) for name, array in tensors.items()]
+        manifest = {"kind": "state", "job": {"model": {"family": "llama", "layers": 2}}, "mesh": {"dp": 2, "tp": 1}, "samples": 64,
+                    "tokenizer": "ab" * 32, "cursor": {"epoch": 0, "tokens": 4096}, "changes": []}
+        return save(run_directory / "checkpoints", step, entries, manifest, {"tokenizer.json": b"{}"}, Solo(), open_backend("cpu"))
+    return make
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint, tmp_path):
+    return make_checkpoint(tmp_path / "run")
 
 
 def test_inspect_of_a_token_file(capsys, token_file):
@@ -139,6 +149,35 @@ def test_inspect_of_a_checkpoint(capsys, checkpoint):
     assert out.count("norm.weight") == 3 and "float32" in out
     holds = json.loads(run(capsys, "inspect", str(run_directory), "--json")[1])
     assert holds["step"] == 7 and holds["tensors"]["moment1/norm.weight"]["bytes"] == 20
+
+
+def test_inspect_tells_values_on_demand(capsys, checkpoint, token_file):
+    out = run(capsys, "inspect", str(checkpoint), "--values")[1]
+    assert out.count("5.47723") == 3 and "norm" in out      # the root of 30
+    tensor = json.loads(run(capsys, "inspect", str(checkpoint), "--values", "--json")[1])["tensors"]["masters/norm.weight"]
+    assert (tensor["low"], tensor["high"], tensor["not_finite"]) == (0.0, 4.0, 0)
+    code, out, err = run(capsys, "inspect", str(token_file), "--values")
+    assert code == 2 and out == "" and "is no checkpoint" in err and err.count("\n") == 1
+
+
+def test_inspect_compares_two_checkpoints(capsys, checkpoint, make_checkpoint, tmp_path):
+    same = make_checkpoint(tmp_path / "same", step=9)
+    code, out, err = run(capsys, "inspect", str(checkpoint), "--diff", str(tmp_path / "same"))
+    assert code == 0 and err == "" and "0 of 3 tensors differ" in out and re.search("step +7 +9\n", out)
+    holds = json.loads(run(capsys, "inspect", str(checkpoint), "--diff", str(same), "--json")[1])
+    assert holds["equal"] and holds["entries"] == {"step": [7, 9]} and holds["tensors"] == {}
+    other = make_checkpoint(tmp_path / "other", 7, {"masters/norm.weight": np.array([0, 1, 2, 3.5, 4], np.float32), "moment1/norm.weight": np.ones(6, np.float32),
+                                                     "moment2/more.weight": np.full(1, np.nan, np.float32)})
+    code, out, err = run(capsys, "inspect", str(checkpoint), "--diff", str(other))
+    assert code == 1 and err == "" and "4 of 4 tensors differ" in out
+    assert re.search(r"masters/norm.weight +1 +0.5 +0.125\n", out) and re.search(r"moment1/norm.weight +a: 5 +b: 6 *\n", out)
+    assert re.search(r"moment2/norm.weight +a: 5 +b: none *\n", out) and re.search(r"moment2/more.weight +a: none +b: 1 *\n", out)
+
+
+def test_inspect_compares_nothing_but_checkpoints(capsys, checkpoint, token_file):
+    for pair in ((checkpoint, token_file), (token_file, checkpoint), (checkpoint, "nowhere")):
+        code, out, err = run(capsys, "inspect", str(pair[0]), "--diff", str(pair[1]))
+        assert code == 2 and out == "" and "checkpoint" in err and err.count("\n") == 1
 
 
 def test_inspect_of_something_else(capsys, tmp_path, checkpoint):
