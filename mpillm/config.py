@@ -32,6 +32,10 @@ def option(doc, default=REQUIRED, choices=None, at_least=None, below=None, above
     return field(default=default, metadata=metadata) if default is not REQUIRED else field(metadata=metadata)
 
 
+# Kinds of model.rope_scaling, and their numbers.
+ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_frequency_factor", "high_frequency_factor", "original_context")}
+
+
 @dataclass(frozen=True)
 class Model:
     family: str = option("kind of Transformer", choices=("gpt", "llama"))
@@ -44,13 +48,22 @@ class Model:
     tied: bool = option("output table = input table", True)
     dropout: float = option("share of activations dropped in training", 0.0, at_least=0.0, below=1.0)
     vocabulary: int | None = option("tokens of the table (V); at least the tokenizer's; the tokenizer's when left out", None, at_least=1)
+    head_width: int | None = option("llama: channels of a head (D); width / heads when left out", None, at_least=1)
+    qkv_bias: bool = option("llama: biases of query, key and value, as Qwen 2 has them", False)
     rope_base: float = option("llama: base of the rotary angles", 10000.0, above=0.0)
+    rope_scaling: dict | None = option("llama: slower rotary angles for a longer context: { kind = \"linear\", factor = 2.0 }, or as Llama 3 has them: "
+                                       "{ kind = \"llama3\", factor = 8.0, low_frequency_factor = 1.0, high_frequency_factor = 4.0, original_context = 8192 }", None)
     norm_epsilon: float = option("added to the variance in norms", 1e-5, above=0.0)
     experts: int = option("llama: experts of each MLP (E), each of mlp_width; 0: a dense MLP", 0, at_least=0)
     experts_per_token: int = option("experts that a token is sent to", 2, at_least=1)
     shared_experts: int = option("experts that every token is sent to, beside the routed ones", 0, at_least=0)
     balance_loss: float = option("coefficient of the load-balancing loss of the router", 0.01, at_least=0.0)
     router_z_loss: float = option("coefficient of the z-loss of the router's logits", 0.001, at_least=0.0)
+
+    @property
+    def channels(self):
+        """Of a head (D)."""
+        return self.head_width or self.width // self.heads
 
 
 @dataclass(frozen=True)
@@ -273,14 +286,20 @@ def _check(job, source):
     model, optimizer = job.model, job.optimizer
     def refuse(line):
         raise UserError(f"{source}: {line}")
-    if model.width % model.heads:
-        refuse(f"model.heads={model.heads} does not divide model.width={model.width}; use heads of {divisors(model.width)}")
+    if not model.head_width and model.width % model.heads:
+        refuse(f"model.heads={model.heads} does not divide model.width={model.width}; use heads of {divisors(model.width)}" + ", or set head_width" * (model.family == "llama"))
     if model.kv_heads and model.heads % model.kv_heads:
         refuse(f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; use kv_heads of {divisors(model.heads)}")
     if model.family == "gpt" and model.kv_heads not in (None, model.heads):
         refuse(f"model.kv_heads={model.kv_heads}: the gpt family has as many key/value heads as heads; leave kv_heads out or use family = \"llama\"")
-    if model.family == "llama" and model.width // model.heads % 2:
-        refuse(f"model.width/model.heads = {model.width // model.heads}: rotary positions need an even head width; change heads or width")
+    if model.family == "llama" and model.channels % 2:
+        name, remedy = ("model.head_width", "it") if model.head_width else ("model.width/model.heads", "heads or width")
+        refuse(f"{name} = {model.channels}: rotary positions need an even head width; change {remedy}")
+    for key in ("head_width", "qkv_bias", "rope_scaling"):
+        if model.family != "llama" and getattr(model, key):
+            refuse(f"model.{key} = {getattr(model, key)}: the {model.family} family has none; leave it out or use family = \"llama\"")
+    if model.rope_scaling is not None:
+        _check_rope_scaling(model.rope_scaling, refuse)
     if model.experts and model.family != "llama":
         refuse(f"model.experts={model.experts}: the {model.family} family has dense MLPs only; use family = \"llama\" or experts = 0")
     if model.shared_experts and not model.experts:
@@ -294,6 +313,21 @@ def _check(job, source):
         if isinstance(size, str) and size != "rest":
             refuse(f"mesh.{axis} = {size!r}: expected a whole number or \"rest\"")
     _check_run(job, refuse)
+
+
+def _check_rope_scaling(scaling, refuse):
+    kind = scaling.get("kind")
+    if not isinstance(kind, str) or kind not in ROPE_SCALING:
+        refuse(f"model.rope_scaling: kind = {kind!r}: expected one of {', '.join(ROPE_SCALING)}" + (nearest(kind, ROPE_SCALING) if isinstance(kind, str) else ""))
+    wanted = ROPE_SCALING[kind]
+    if scaling.keys() - {"kind"} != set(wanted):
+        refuse(f"model.rope_scaling: keys {', '.join(scaling)}: {kind} has kind, {', '.join(wanted)}")
+    for key in wanted:
+        value = scaling[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            refuse(f"model.rope_scaling: {key} = {value!r}: expected a number more than 0")
+    if kind == "llama3" and scaling["low_frequency_factor"] >= scaling["high_frequency_factor"]:
+        refuse(f"model.rope_scaling: low_frequency_factor = {scaling['low_frequency_factor']}: expected less than high_frequency_factor = {scaling['high_frequency_factor']}")
 
 
 def _check_run(job, refuse):

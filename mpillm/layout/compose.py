@@ -130,13 +130,14 @@ def check_layout(job, sizes):
 
 def _of_gpus(job, sizes):
     """What GPUs cannot do."""
-    model, width = job.model, job.model.width // job.model.heads
+    model = job.model
     if job.run.device == "cpu":
         return
     from ..backend.cuda.attention import WIDEST
     from ..backend.cuda.routing import MOST_CHOSEN
-    if width > WIDEST:
-        yield f'run.device = "{job.run.device}": heads are {width} wide, at most {WIDEST} on a GPU; raise model.heads to {-(-model.width // WIDEST)} or more'
+    if model.channels > WIDEST:
+        remedy = f"set model.head_width to {WIDEST} or less" if model.head_width else f"raise model.heads to {-(-model.width // WIDEST)} or more"
+        yield f'run.device = "{job.run.device}": heads are {model.channels} wide, at most {WIDEST} on a GPU; {remedy}'
     if model.experts and model.experts_per_token > MOST_CHOSEN:
         yield f'run.device = "{job.run.device}": model.experts_per_token={model.experts_per_token}, at most {MOST_CHOSEN} on a GPU'
     if job.communication.transport == "nccl" and sizes["pp"] > 1:

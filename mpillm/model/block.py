@@ -134,12 +134,12 @@ class Maker:
             return LayerNorm(self.ops, weight, self.parameter(f"{name}.bias", width, Constant(0.0)), self.shape.norm_epsilon)
         return RMSNorm(self.ops, weight, self.shape.norm_epsilon)
 
-    def linear(self, names, rows, unit=1, copies=1):
+    def linear(self, names, rows, unit=1, copies=1, bias=False):
         """A Linear whose weights are the named parameters of `rows` rows each, stacked; tp splits the rows."""
         shape, names = self.shape, list(names)
         weights = [self.parameter(f"{name}.weight", (r, shape.width), Normal(shape.std), ("tp", None), unit, copies) for name, r in zip(names, rows)]
         biases = []
-        if shape.family == "gpt":
+        if shape.family == "gpt" or bias:
             biases = [self.parameter(f"{name}.bias", (r,), Constant(0.0), ("tp",), unit, copies) for name, r in zip(names, rows)]
         return Linear(self.ops, Stack(*weights), Stack(*biases) if biases else None)
 
@@ -155,9 +155,10 @@ class Maker:
         d, q_rows, kv_rows = shape.head_width, shape.heads * shape.head_width, shape.kv_heads * shape.head_width
         names = ["attention.query", "attention.key", "attention.value"]
         if self.tp <= shape.kv_heads:
-            projections = [self.linear(names, [q_rows, kv_rows, kv_rows], d)]
+            projections = [self.linear(names, [q_rows, kv_rows, kv_rows], d, bias=shape.qkv_bias)]
         else:
-            projections = [self.linear(names[:1], [q_rows], d), self.linear(names[1:], [kv_rows, kv_rows], d, self.tp // shape.kv_heads)]
+            projections = [self.linear(names[:1], [q_rows], d, bias=shape.qkv_bias),
+                           self.linear(names[1:], [kv_rows, kv_rows], d, self.tp // shape.kv_heads, shape.qkv_bias)]
         output = self.row_linear("attention.output", q_rows, self.region)
         query = shape.heads // self.tp
         heads = Heads(query, max(1, shape.kv_heads // self.tp), d, setting.mesh.coord("tp") * query)

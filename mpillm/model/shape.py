@@ -5,6 +5,15 @@ from typing import NamedTuple
 STD = 0.02      # of initial weights (Radford et al. 2018, section 4.1)
 
 
+class RopeScaling(NamedTuple):
+    """How rotary angles are slowed down (rope.py)."""
+    kind: str                       # linear | llama3
+    factor: float
+    low_frequency_factor: float = 0.0
+    high_frequency_factor: float = 0.0
+    original_context: float = 0.0   # tokens
+
+
 class Shape(NamedTuple):
     """Sizes of a model."""
     family: str
@@ -24,6 +33,8 @@ class Shape(NamedTuple):
     shared_experts: int = 0
     balance_loss: float = 0.0   # coefficient
     router_z_loss: float = 0.0  # coefficient
+    qkv_bias: bool = False
+    rope_scaling: object = None     # RopeScaling or None
 
     @property
     def std(self):
@@ -41,9 +52,10 @@ class Shape(NamedTuple):
         if mlp_width is None:
             mlp_width = 4 * model.width if model.family == "gpt" else -(-8 * model.width // (3 * 64)) * 64
         return cls(model.family, model.layers, model.width, model.heads, model.kv_heads or model.heads,
-                   model.width // model.heads, mlp_width, model.context, model.vocabulary or vocabulary,
+                   model.channels, mlp_width, model.context, model.vocabulary or vocabulary,
                    model.tied, model.rope_base, model.norm_epsilon, model.experts, min(model.experts_per_token, model.experts),
-                   model.shared_experts, model.balance_loss, model.router_z_loss)
+                   model.shared_experts, model.balance_loss, model.router_z_loss, model.qkv_bias,
+                   RopeScaling(**model.rope_scaling) if model.rope_scaling else None)
 
     @property
     def block_weights(self):

@@ -145,7 +145,7 @@ class Transformer:
     def __init__(self, ops, shape, dtype, seed=1, recompute="none", mesh=None, layout=Layout()):
         self.ops, self.shape, self.dtype, self.seed, self.recompute = ops, shape, dtype, seed, recompute
         self.mesh = mesh = mesh or Mesh.plan({}, 0)
-        rope = None if shape.family == "gpt" else Rope(ops, shape.head_width, shape.rope_base, wide_of(dtype))
+        rope = None if shape.family == "gpt" else Rope(ops, shape.head_width, shape.rope_base, wide_of(dtype), shape.rope_scaling)
         self.setting = Setting(ops, shape, mesh, layout, rope, seed, recompute == "selective")
         num_parts, stages = mesh.size("pp") * layout.chunks, mesh.size("pp")
         self.layers = layers_of_parts(shape, num_parts, layout.layers)

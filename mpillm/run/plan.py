@@ -99,7 +99,7 @@ def _scratch(job, sizes, ops):
     heads, kv_heads = model.heads // sizes["tp"], max(1, (model.kv_heads or model.heads) // sizes["tp"])
     if ops.sdpa is None or sizes["cp"] > 1 or model.dropout or job.precision.compute not in ("bfloat16", "float16") or model.context < 2:
         return found
-    return found + ops.sdpa.scratch(_micro_batch(job, sizes), model.context, heads, kv_heads, model.width // model.heads,
+    return found + ops.sdpa.scratch(_micro_batch(job, sizes), model.context, heads, kv_heads, model.channels,
                                     job.precision.compute)
 
 

@@ -5,8 +5,8 @@ import dataclasses
 from ..config import Job, UserError, job_to_dict
 
 REFUSED = {
-    "model": ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "tied", "vocabulary", "rope_base", "norm_epsilon",
-              "experts", "experts_per_token", "shared_experts"),
+    "model": ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "tied", "vocabulary", "rope_base", "rope_scaling", "norm_epsilon",
+              "head_width", "qkv_bias", "experts", "experts_per_token", "shared_experts"),
     "train": ("seed",),
     "optimizer": ("name",),
 }

@@ -38,7 +38,7 @@ def small_job(job, sizes):
     model, tp, dp, passes = job.model, sizes["tp"], sizes["dp"], 2 * sizes["pp"] + 1
     stages = job.mesh.stages and [min(blocks, 2) for blocks in job.mesh.stages]
     layers = sum(stages) if stages else min(model.layers, sizes["pp"] * job.mesh.chunks + 1)
-    small = replace(model, layers=layers, width=4 * model.heads, mlp_width=13 + tp, context=max(17, 2 * sizes["cp"] + 3),
+    small = replace(model, layers=layers, width=4 * model.heads, head_width=model.head_width and 6, mlp_width=13 + tp, context=max(17, 2 * sizes["cp"] + 3),
                     vocabulary=max(37, 2 * tp + 1))
     train = replace(job.train, batch=dp * (2 * passes - 1) + (dp > 1), micro_batch=2)
     return replace(job, model=small, mesh=replace(job.mesh, stages=stages), train=train)

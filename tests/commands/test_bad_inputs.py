@@ -130,6 +130,8 @@ bad("kv-heads", "train job.toml model.heads=4 model.kv_heads=3", "model.kv_heads
 bad("kv-heads-of-gpt", "train job.toml model.family=gpt model.kv_heads=1", "model.kv_heads=1", "leave kv_heads out")
 bad("odd-head-width", "train job.toml model.heads=8", "even head width", "change heads or width")
 bad("no-gpu", "train job.toml run.device=gpu", "device = \"gpu\"", "use device \"cpu\"")
+bad("head-width-of-gpt", "train job.toml model.family=gpt model.head_width=8", "model.head_width = 8", 'use family = "llama"')
+bad("wide-heads-by-hand-on-a-gpu", "train job.toml run.device=gpu model.head_width=300", "heads are 300 wide, at most 256", "set model.head_width to 256 or less")
 bad("wide-heads-on-a-gpu", "train job.toml run.device=gpu model.width=600 model.heads=2", "heads are 300 wide, at most 256", "raise model.heads to 3")
 bad("stages-by-nccl", "train job.toml --dry-run --ranks 2 run.device=gpu communication.transport=nccl mesh.pp=2", "nccl", "pp=2", "pp = 1")
 bad("betas", "train job.toml optimizer.betas=[0.9]", "optimizer.betas = [0.9]", "expected two numbers")

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.mixtral import modeling_mixtral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.pytorch_utils import Conv1D
 
 from mpillm.backend import open_backend
@@ -64,12 +65,12 @@ MIXTRAL = LLAMA | {
     "blocks.{}.mlp.up": Place("model.layers.{}.mlp.experts", "gate_up_proj", 2, 1),
     "blocks.{}.mlp.down": Place("model.layers.{}.mlp.experts", "down_proj"),
 }
-MAPS = {"gpt": GPT, "llama": LLAMA, "mixtral": MIXTRAL}
+MAPS = {"gpt": GPT, "llama": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA}
 
 
 def kind_of(shape):
-    """The key of `MAPS`: a llama with experts is a Mixtral."""
-    return "mixtral" if shape.experts else shape.family
+    """The key of `MAPS`: a llama with experts is a Mixtral, one with biases a Qwen 2."""
+    return "mixtral" if shape.experts else "qwen2" if shape.qkv_bias else shape.family
 
 
 def make_job(model, compute, train=None, optimizer=None):
@@ -88,7 +89,7 @@ def make_model(job, ops=None):
 
 def make_peer(shape, dtype, std=0.2, seed=0):
     """The peer of a Shape with random weights: N(0, std^2), around 1 for the weights of norms."""
-    peer = {"gpt": gpt_peer, "llama": llama_peer, "mixtral": mixtral_peer}[kind_of(shape)](shape).to(dtype)
+    peer = {"gpt": gpt_peer, "llama": llama_peer, "mixtral": mixtral_peer, "qwen2": qwen2_peer}[kind_of(shape)](shape).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
@@ -111,11 +112,25 @@ def llama_sizes(shape):
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp_width, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_width,
         max_position_embeddings=shape.context, rms_norm_eps=shape.norm_epsilon, bos_token_id=None, eos_token_id=None,
-        tie_word_embeddings=shape.tied, rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base}, attn_implementation="eager")
+        tie_word_embeddings=shape.tied, rope_parameters=rope_parameters(shape), attn_implementation="eager")
+
+
+def rope_parameters(shape):
+    scaling, parameters = shape.rope_scaling, {"rope_type": "default", "rope_theta": shape.rope_base}
+    if scaling is not None:
+        parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        parameters |= {"low_freq_factor": scaling.low_frequency_factor, "high_freq_factor": scaling.high_frequency_factor,
+                       "original_max_position_embeddings": scaling.original_context}
+    return parameters
 
 
 def llama_peer(shape):
     return LlamaForCausalLM(LlamaConfig(**llama_sizes(shape)))
+
+
+def qwen2_peer(shape):
+    return Qwen2ForCausalLM(Qwen2Config(**llama_sizes(shape)))
 
 
 def mixtral_peer(shape):
@@ -162,7 +177,7 @@ def peer_forward(peer, tokens, targets, weights, num_items=None):
 
 def use_float64_forms(monkeypatch, peer):
     """Until the test ends."""
-    for module, name in ((modeling_llama, "Llama"), (modeling_mixtral, "Mixtral")):
+    for module, name in ((modeling_llama, "Llama"), (modeling_mixtral, "Mixtral"), (modeling_qwen2, "Qwen2")):
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", rms_norm)
         monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", rotary)
         monkeypatch.setattr(module, "eager_attention_forward", eager_attention)
@@ -176,11 +191,20 @@ def rms_norm(self, x):
 
 @torch.no_grad()
 def rotary(self, x, position_ids):
-    width, base = self.config.head_dim, self.config.rope_parameters["rope_theta"]
-    frequencies = base ** -(torch.arange(0, width, 2, dtype=x.dtype) / width)
+    width, parameters = self.config.head_dim, self.config.rope_parameters
+    frequencies = parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=x.dtype) / width)
+    if parameters["rope_type"] != "default":        # the peer's own factors, which it rounds to float32
+        frequencies = frequencies * scaling_of(self, frequencies)
     angles = position_ids[..., None].to(x.dtype) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def scaling_of(rotary, frequencies):
+    """How much slower than the plain ones the peer's frequencies are: exact where that is 1 or 1/factor, else as it has them."""
+    share, exact = rotary.inv_freq.to(frequencies.dtype) / frequencies, torch.ones_like(frequencies)
+    slow = 1 / rotary.config.rope_parameters["factor"]
+    return torch.where((share - 1).abs() < 1e-6, exact, torch.where((share / slow - 1).abs() < 1e-6, exact * slow, share))
 
 
 def router(self, x):

@@ -18,6 +18,7 @@ from mpillm.layout.comm import Solo  # noqa: E402
 from mpillm.layout.mesh import Mesh  # noqa: E402
 from mpillm.model.batch import Batch  # noqa: E402
 from mpillm.model.generate import generate  # noqa: E402
+from mpillm.model.rope import frequencies  # noqa: E402
 from mpillm.train.gradients import Gradients  # noqa: E402
 from mpillm.train.optimizer import AdamW  # noqa: E402
 from mpillm.train.step import Trainer, make_batch  # noqa: E402
@@ -34,6 +35,11 @@ SHAPES = {
     "mixtral-4/2": dict(family="llama", layers=2, width=60, heads=6, kv_heads=2, vocabulary=131, context=40, mlp_width=37) | EXPERTS,
     "mixtral-5/3": dict(family="llama", layers=3, width=40, heads=4, vocabulary=97, context=40, mlp_width=29, tied=False)
                    | EXPERTS | dict(experts=5, experts_per_token=3),
+    "llama-wide-heads": dict(family="llama", layers=2, width=36, heads=6, kv_heads=2, head_width=10, vocabulary=131, context=40, mlp_width=37),
+    "llama-linear": dict(family="llama", layers=2, width=40, heads=4, vocabulary=97, context=40, mlp_width=29, rope_scaling=dict(kind="linear", factor=4.0)),
+    "llama-3": dict(family="llama", layers=2, width=64, heads=4, kv_heads=2, vocabulary=97, context=40, mlp_width=29, rope_base=5e5, tied=False,
+                    rope_scaling=dict(kind="llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=1.0001, original_context=20)),
+    "qwen2-6/2": dict(family="llama", layers=2, width=60, heads=6, kv_heads=2, vocabulary=131, context=40, mlp_width=37, qkv_bias=True),
     "llama-4/4": dict(family="llama", layers=3, width=128, heads=4, kv_heads=4, vocabulary=300, context=64, rope_base=5e5, norm_epsilon=1e-6),
 }
 BATCHES = [(3, 33), (1, 1), (2, 40)]    # B, T: a tile and a row, one token, the whole context
@@ -63,6 +69,18 @@ def random_part(vocabulary, b, t, seed=0):
     weights = (rng.random((b, t)) < 0.8).astype(np.float32)
     weights[0, 0] = 1.0
     return tokens, targets, weights, np.arange(b, dtype=np.int64)
+
+
+@pytest.mark.parametrize("scaling", [dict(kind="linear", factor=4.0), dict(kind="llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context=8192),
+                                     dict(kind="llama3", factor=32.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context=64)], ids=str)
+def test_scaled_frequencies_are_those_of_the_peer(scaling):
+    job = hf.make_job(dict(family="llama", layers=1, width=128, heads=2, vocabulary=7, context=40, rope_base=5e5, rope_scaling=scaling), "float32")
+    shape = hf.make_model(job).shape
+    theirs = hf.llama_peer(shape).model.rotary_emb.inv_freq.numpy()        # float32
+    ours = frequencies(shape.head_width, shape.rope_base, shape.rope_scaling)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-6)
+    plain = frequencies(shape.head_width, shape.rope_base)
+    assert (ours < plain).any() and (scaling["kind"] == "linear" or ((ours > 1.01 * plain / scaling["factor"]) & (ours < 0.99 * plain)).sum() > 1)    # some lie between
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)

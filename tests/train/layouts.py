@@ -112,7 +112,9 @@ def _model(case):
              "heads": heads, "width": heads * (4 if heads <= 6 else 2), "context": _context(case), "mlp_width": case.mlp_width,
              "vocabulary": case.vocabulary, "tied": case.tied, "dropout": case.dropout}
     if case.family != "gpt":
-        model["kv_heads"] = kv_heads
+        model |= {"kv_heads": kv_heads, "qkv_bias": case.kv_heads != "equal"}
+        if case.vocabulary == 31:       # heads that together are wider than the model
+            model["head_width"] = 6
     if case.family == "moe":
         experts = {1: 3, 2: 4, 3: 6}.get(case.ep, case.ep)
         model |= {"experts": experts + (case.experts == "uneven"), "shared_experts": case.shared_experts}
