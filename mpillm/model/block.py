@@ -134,14 +134,17 @@ class Maker:
             return LayerNorm(self.ops, weight, self.parameter(f"{name}.bias", width, Constant(0.0)), self.shape.norm_epsilon)
         return RMSNorm(self.ops, weight, self.shape.norm_epsilon)
 
-    def linear(self, names, rows, unit=1, copies=1, bias=False):
+    def linear(self, names, rows):
         """A Linear whose weights are the named parameters of `rows` rows each, stacked; tp splits the rows."""
-        shape, names = self.shape, list(names)
-        weights = [self.parameter(f"{name}.weight", (r, shape.width), Normal(shape.std), ("tp", None), unit, copies) for name, r in zip(names, rows)]
-        biases = []
-        if shape.family == "gpt" or bias:
-            biases = [self.parameter(f"{name}.bias", (r,), Constant(0.0), ("tp",), unit, copies) for name, r in zip(names, rows)]
-        return Linear(self.ops, Stack(*weights), Stack(*biases) if biases else None)
+        return self.linears([(names, rows, 1)], self.shape.family == "gpt")[0]
+
+    def linears(self, stacks, biased, unit=1):
+        """A Linear of each stack (names, rows, copies): first all weights are made, then all biases, so that their order is that of one stack."""
+        weights = [Stack(*[self.parameter(f"{name}.weight", (r, self.shape.width), Normal(self.shape.std), ("tp", None), unit, copies) for name, r in zip(names, rows)])
+                   for names, rows, copies in stacks]
+        biases = [Stack(*[self.parameter(f"{name}.bias", (r,), Constant(0.0), ("tp",), unit, copies) for name, r in zip(names, rows)]) if biased else None
+                  for names, rows, copies in stacks]
+        return [Linear(self.ops, weight, bias) for weight, bias in zip(weights, biases)]
 
     def row_linear(self, name, columns, region):
         """A RowLinear; tp splits the columns."""
@@ -153,12 +156,11 @@ class Maker:
     def attention(self, dropout_key):
         shape, setting = self.shape, self.setting
         d, q_rows, kv_rows = shape.head_width, shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        names = ["attention.query", "attention.key", "attention.value"]
-        if self.tp <= shape.kv_heads:
-            projections = [self.linear(names, [q_rows, kv_rows, kv_rows], d, bias=shape.qkv_bias)]
-        else:
-            projections = [self.linear(names[:1], [q_rows], d, bias=shape.qkv_bias),
-                           self.linear(names[1:], [kv_rows, kv_rows], d, self.tp // shape.kv_heads, shape.qkv_bias)]
+        names, rows = ["attention.query", "attention.key", "attention.value"], [q_rows, kv_rows, kv_rows]
+        stacks = [(names, rows, 1)]
+        if self.tp > shape.kv_heads:
+            stacks = [(names[:1], rows[:1], 1), (names[1:], rows[1:], self.tp // shape.kv_heads)]
+        projections = self.linears(stacks, shape.family == "gpt" or shape.qkv_bias, d)
         output = self.row_linear("attention.output", q_rows, self.region)
         query = shape.heads // self.tp
         heads = Heads(query, max(1, shape.kv_heads // self.tp), d, setting.mesh.coord("tp") * query)

@@ -41,7 +41,7 @@ def values_of(checkpoint, name, group, backend):
     DamagedCheckpoint
     """
     array, total = _rows(checkpoint, name, group, backend), np.zeros(2)
-    ends = np.array([math.inf, math.inf])           # lowest, and lowest of the negative values
+    ends = np.array([math.inf, math.inf])           # lowest value, and lowest of the negated ones
     for piece in _parts(array):
         finite = piece[np.isfinite(piece)].astype(np.float64)
         total += np.dot(finite, finite), piece.size - finite.size

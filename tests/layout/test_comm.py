@@ -7,8 +7,7 @@ import pytest
 from comm_cases import DTYPES, HALVES, lengths, numbers, of_all, uneven
 from mpillm.layout import comm
 from mpillm.layout.comm import Group, Solo
-from mpillm.layout.slab import extent, in_messages, ranges_of
-from mpillm.layout.slab import cut
+from mpillm.layout.slab import cut, extent, in_messages, ranges_of
 
 pytestmark = pytest.mark.ranks
 

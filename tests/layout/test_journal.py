@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mpillm.layout.comm import Group, Solo
-from mpillm.layout.slab import ranges_of
 from mpillm.layout.journal import JOURNAL, RECORD_LENGTH, Journal, Traffic, ledger_table
+from mpillm.layout.slab import ranges_of
 
 
 @pytest.mark.ranks

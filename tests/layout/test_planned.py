@@ -5,10 +5,9 @@ import pytest
 
 from mpillm.backend.shapes import Shapes
 from mpillm.layout.comm import Group
-from mpillm.layout.slab import ranges_of
 from mpillm.layout.journal import JOURNAL, Journal
 from mpillm.layout.planned import Planned
-from mpillm.layout.slab import cut
+from mpillm.layout.slab import cut, ranges_of
 
 LENGTH = 7      # of what is split, uneven on 2, 3 and 4 ranks
 

@@ -10,8 +10,7 @@ import pytest
 
 from mpillm.backend import open_backend
 from mpillm.layout import transport as transports
-from mpillm.layout.slab import ranges_of
-from mpillm.layout.slab import cut
+from mpillm.layout.slab import cut, ranges_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "backend/cuda"))
 pytest.importorskip("cupy", reason="CuPy is not installed: jobs/setup.sh --test installs it on x86-64 Linux", exc_type=ImportError)

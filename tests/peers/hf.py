@@ -117,9 +117,10 @@ def llama_sizes(shape):
 
 def rope_parameters(shape):
     scaling, parameters = shape.rope_scaling, {"rope_type": "default", "rope_theta": shape.rope_base}
-    if scaling is not None:
-        parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
+    if scaling is None:
+        return parameters
+    parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
         parameters |= {"low_freq_factor": scaling.low_frequency_factor, "high_freq_factor": scaling.high_frequency_factor,
                        "original_max_position_embeddings": scaling.original_context}
     return parameters
@@ -250,7 +251,7 @@ def gradient_differences(model, peer, num_tokens):
     found = {}
     for parameter in model.parameters():
         name, least = parameter.name, floor
-        is_zero = name.endswith("key.bias") or (num_tokens == 1 and (".query." in name or ".key." in name))
+        is_zero = (kind == "gpt" and name.endswith("key.bias")) or (num_tokens == 1 and (".query." in name or ".key." in name))
         if is_zero and model.dtype == np.float32:
             least = np.abs(theirs[name.replace("key", "value").replace("query", "value")]).max()
         found[name] = difference(parameter.grad, theirs[name], least)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from store_states import SHAPES, entries_of, raised, values
-from test_checkpoint import flip, data_offset, on_rank_0
+from test_checkpoint import data_offset, flip, on_rank_0
 
 from mpillm.backend.reference import Reference
 from mpillm.store import checkpoint as checkpoints
@@ -19,7 +19,7 @@ BACKEND, NAME = Reference(), "masters/blocks.0.mlp.up.weight"     # (10, 7)
 
 
 def saved(directory, group, dtype="float32", **changes):
-    """A checkpoint in which the first elements of NAME, in its order, are other ones."""
+    """A checkpoint in which the first elements of the first tensor whose name ends so are other ones."""
     entries = entries_of(group, "columns", dtype=dtype)
     for name, new in changes.items():
         entry = next(entry for entry in entries if entry.name.endswith(name))

@@ -56,8 +56,7 @@ def trainer_of(job, group=None, ops=OPS):
     model = Transformer(ops, Shape.of(job.model, VOCABULARY), TYPES[job.precision.compute], job.train.seed, job.train.recompute, mesh, layout)
     model.place(0 if alone else job.mesh.zero, job.train.offload == "optimizer")
     model.initialize()
-    every = sorted(model.every_parameter(), key=lambda parameter: parameter.name.endswith("bias"))     # in one order: key heads on several ranks have biases of their own
-    for number, parameter in enumerate(every):          # so that no bias and no norm is at its special value
+    for number, parameter in enumerate(model.every_parameter()):     # so that no bias and no norm is at its special value
         if parameter.bucket is not None:
             change = 0.1 * np.random.default_rng([7, number]).normal(size=parameter.shape)
             state = parameter.bucket.state
